@@ -1,0 +1,171 @@
+"""What an expert kind is: a few trainable tensors that turn into the (A, B, scale) that ops take.
+
+An expert updates one linear module `y = W x + bias`. Every kind, whatever it stores, materialises
+to one `ExpertWeights`; ops, serving and export know that form and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from milora.random import derive_seed
+
+# Gives the dense base weight [d_out, d_in]; a callable, since for a quantized base this means work.
+WeightSource = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert's shape and settings, fixed for its life. Build it with `make_spec`.
+
+    `scale` is stored and never recomputed from alpha / rank: merging and pruning change the rank
+    but must not change the update. `options` are the kind's own, `seed` is unique per module.
+    """
+
+    d_in: int
+    d_out: int
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+def make_spec(
+    d_in: int,
+    d_out: int,
+    rank: int,
+    alpha: float | None = None,
+    *,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    path: str = "",
+) -> ExpertSpec:
+    """Build the spec of the expert on module `path`.   [rsLoRA: arXiv 2312.03732]
+
+    Args:
+        alpha: None means rank. The scale is alpha / rank, with `rslora` alpha / sqrt(rank).
+        seed, path: the adapter's seed and the module's path in the model; hashed together.
+    Raises:
+        ValueError: d_in, d_out or rank is not positive.
+    """
+    for name, value in (("d_in", d_in), ("d_out", d_out), ("rank", rank)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"make_spec: {name} must be a positive integer, got {value!r}")
+    alpha = float(rank if alpha is None else alpha)
+    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+    return ExpertSpec(
+        d_in, d_out, rank, alpha, scale, dropout, dict(options or {}), derive_seed(seed, path)
+    )
+
+
+@dataclass
+class ExpertWeights:
+    """The update of one expert with gate g:  y += g · (scale · B A x + output ⊙ (y − bias)).
+
+    a: [rank, d_in].  b: [d_out, rank].
+    output: [d_out] or None. With DoRA's per-row factor c it is c − 1, and b already holds
+        diag(c) B. An op therefore takes u = output and v = −output ⊙ bias, and adds u ⊙ y + v.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    output: Tensor | None = None
+
+
+class ExpertKind(ABC):
+    """One way to parametrise an expert. Stateless: an instance serves every module.
+
+    A new kind is one file with a subclass, plus one line in `milora.experts.REGISTRY`.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]] = {}  # the kind's own options
+    needs_weight: ClassVar[bool] = False  # init and materialise call weight()
+
+    @abstractmethod
+    def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
+        """Names (PEFT's, without ".weight") and shapes of the trainable tensors."""
+
+    @abstractmethod
+    def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
+        """Initial values of `tensors(spec)`: float32, on the CPU, the update they give is 0.
+
+        Raises:
+            ValueError: the kind needs the base weight and `weight` is None or of another shape.
+        """
+
+    def frozen(self, spec: ExpertSpec) -> dict[str, Tensor]:
+        """Tensors that follow from the spec: float32, on the CPU, never trained, never saved."""
+        return {}
+
+    def checksum(self, spec: ExpertSpec, frozen: dict[str, Tensor] | None = None) -> str | None:
+        """Short hash of `frozen(spec)`, None for a kind that has none.
+
+        Saved in an adapter's config, it shows at load time that the tensors came out the same.
+        Pass `frozen` when it is at hand, to spare making it again.
+        """
+        return None
+
+    def validate(self, options: dict[str, Any]) -> None:
+        """Check the kind's own options.
+
+        Raises:
+            ValueError: an unknown option, or a value out of its range.
+        """
+        if unknown := sorted(set(options) - set(self.defaults)):
+            known = ", ".join(self.defaults) or "none"
+            raise ValueError(f"{self.name}: unknown options {unknown}; known options: {known}")
+
+    @abstractmethod
+    def materialise(
+        self,
+        tensors: dict[str, Tensor],
+        frozen: dict[str, Tensor],
+        spec: ExpertSpec,
+        weight: WeightSource | None = None,
+    ) -> ExpertWeights:
+        """The expert's current weights, differentiable with respect to `tensors`.
+
+        Everything lies on one device. `weight` is called under no_grad, by kinds that need it.
+
+        Raises:
+            ValueError: the kind needs the base weight and `weight` is None or of another shape.
+        """
+
+    def option(self, spec: ExpertSpec, name: str) -> Any:
+        return spec.options.get(name, self.defaults[name])
+
+    def base_weight(self, spec: ExpertSpec, weight: WeightSource | None) -> Tensor:
+        """weight() under no_grad, with its shape checked."""
+        if weight is None:
+            raise ValueError(f"{self.name}: weight must give the base weight, got None")
+        with torch.no_grad():
+            dense = weight()
+        if tuple(dense.shape) != (spec.d_out, spec.d_in):
+            raise ValueError(
+                f"{self.name}: weight must be [d_out, d_in] = [{spec.d_out}, {spec.d_in}], "
+                f"got {list(dense.shape)}"
+            )
+        return dense
+
+
+def kaiming_uniform(num_rows: int, fan_in: int, seed: int) -> Tensor:
+    """[num_rows, fan_in] float32, kaiming-uniform with a = √5, as `nn.Linear` and LoRA start.
+
+    The bound √(6 / ((1 + a²) fan_in)) is then 1 / √fan_in.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1.0 / math.sqrt(fan_in)
+    return torch.empty(num_rows, fan_in).uniform_(-bound, bound, generator=generator)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, √3 − 1
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, √3 - 1
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 14  # counters at a time: the words in flight stay in the L2 cache
@@ -45,11 +45,11 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def uniform(shape: tuple[int, ...], seed: int, stream: int = 0) -> Tensor:
-    """Independent values, uniform on (−1, 1), never 0, bit-identical everywhere.
+    """Independent values, uniform on (-1, 1), never 0, bit-identical everywhere.
 
     Args:
-        seed: 0 to 2⁶⁴ − 1, the cipher's key.
-        stream: 0 to 2³² − 1; different streams of one seed are independent.
+        seed: 0 to 2⁶⁴ - 1, the cipher's key.
+        stream: 0 to 2³² - 1; different streams of one seed are independent.
     Returns: float64 on the CPU; each value is an odd integer over 2²⁴, exact in float32 too.
     """
     size = math.prod(shape)
@@ -60,7 +60,7 @@ def uniform(shape: tuple[int, ...], seed: int, stream: int = 0) -> Tensor:
         counter = [index & _MASK, index >> 32, zero + stream, zero]
         words = philox(counter, (seed & _MASK, seed >> 32))
         for column, word in enumerate(words):
-            # 24 bits k -> (2k + 1 − 2²⁴) / 2²⁴: symmetric around 0, every step exact
+            # 24 bits k -> (2k + 1 - 2²⁴) / 2²⁴: symmetric around 0, every step exact
             out[begin : begin + len(index), column] = word.bitwise_right_shift_(8)
     out.mul_(2.0).add_(1.0 - 2**24).mul_(2.0**-24)
     return out.flatten()[:size].reshape(shape)

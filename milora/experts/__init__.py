@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, make_spec
+from milora.experts.dora import Dora
 from milora.experts.lora import Lora
+from milora.experts.lora_mini import LoraMini
 
 REGISTRY: dict[str, ExpertKind] = {
     "lora": Lora(),
+    "dora": Dora(),
+    "lora_mini": LoraMini(),
 }
 
 

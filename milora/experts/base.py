@@ -71,11 +71,11 @@ def make_spec(
 
 @dataclass
 class ExpertWeights:
-    """The update of one expert with gate g:  y += g · (scale · B A x + output ⊙ (y − bias)).
+    """The update of one expert with gate g:  y += g · (scale · B A x + output ⊙ (y - bias)).
 
     a: [rank, d_in].  b: [d_out, rank].
-    output: [d_out] or None. With DoRA's per-row factor c it is c − 1, and b already holds
-        diag(c) B. An op therefore takes u = output and v = −output ⊙ bias, and adds u ⊙ y + v.
+    output: [d_out] or None. With DoRA's per-row factor c it is c - 1, and b already holds
+        diag(c) B. An op therefore takes u = output and v = -output ⊙ bias, and adds u ⊙ y + v.
     """
 
     a: Tensor

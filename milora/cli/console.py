@@ -1,0 +1,96 @@
+"""What a command prints: progress and notes on stderr, results on stdout, JSON where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from milora.errors import UserError
+
+
+def stderr() -> Console:
+    """Made anew on each use, since tests and callers swap `sys.stderr`."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    stderr().print(text, markup=False)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Progress]:
+    """A bar on a terminal. Elsewhere one plain line at the start: logs are not for bars."""
+    console = stderr()
+    if not console.is_terminal:
+        note(f"{description} ({total})")
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        bar.add_task(description, total=total, status="")
+        yield bar
+
+
+def add_json_option(parser) -> None:
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result as JSON to FILE; - is standard output"
+    )
+
+
+def write_json(target: str | None, result: dict[str, Any]) -> None:
+    """Write `result` where `--json` says.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if target is None:
+        return
+    text = json.dumps(result, indent=2)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None
+
+
+def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+    """A table on stdout; numbers on the right, names on the left."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stdout().print(table)
+
+
+def check_writable_folder(path: Path) -> None:
+    """Make the folder now: an hour of training must not end at a folder that cannot be made.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".milora-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to folder {path}: {error.strerror}") from None

@@ -1,0 +1,61 @@
+"""Does it fit? A refusal before loading beats a process that the system kills half-way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milora.errors import UserError
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+# AdamW in float32: the parameter, its gradient and two moments.
+BYTES_PER_TRAINED_PARAMETER = 16
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a new tensor could take on `device`: of the GPU, or of this machine or container."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        free = min(free, int(CGROUP_LIMIT.read_text()) - int(CGROUP_USED.read_text()))
+    except (OSError, ValueError):  # no container, or "max": the machine's own number holds
+        pass
+    return free
+
+
+def check_memory(needed: int, device: str, what: str) -> None:
+    """Refuse what cannot fit.
+
+    Args:
+        needed: bytes, a lower bound: activations come on top.
+        what: names the thing in the message.
+
+    Raises:
+        UserError: less than `needed` is free.
+    """
+    free = free_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"too little memory: {what} needs at least {gibibytes(needed)} on {device}, "
+            f"{gibibytes(free)} are free",
+            hint="use a smaller model, --dtype bfloat16, or a machine with more memory",
+        )
+
+
+def gibibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the CPU or on a GPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's CPU allocator has no exception class of its own.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,289 @@
+"""`milora train`: fine-tune a base model on a JSONL file, with the paper's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora.cli.console import add_json_option, check_writable_folder, note, write_json
+from milora.cli.memory import BYTES_PER_TRAINED_PARAMETER, check_memory
+from milora.cli.models import load_model, user_errors
+from milora.cli.train_options import TrainOptions, add_train_options, resolve, save_options
+from milora.errors import UserError
+
+EPILOG = """each line of the data is one of
+  {"prompt": "2+2=", "completion": "4"}
+  {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+
+examples:
+  milora train --model ./llama --data train.jsonl --output ./adapter
+  milora train --model ./llama --data train.jsonl --dev-data dev.jsonl --activation-data dev
+  milora train --resume --output ./adapter          (after Ctrl-C; options are remembered)
+  milora train --model ./llama --data train.jsonl --rank 16 --target-modules q_proj v_proj
+"""
+EXIT_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_train_options(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="draw no training.png")
+    add_json_option(parser)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    options = resolve(namespace, resume=namespace.resume)
+    output = Path(options.output)
+    checkpoint = _last_checkpoint(output) if namespace.resume else None
+    if not namespace.resume:
+        _refuse_old_run(output)
+    examples = _read_files(options)  # before the slow imports: a bad line is found at once
+    check_writable_folder(output)
+    save_options(options)
+
+    import transformers
+
+    transformers.set_seed(options.seed)
+    model, tokenizer = load_model(options.model, options.dtype, options.device)
+    data = _encode(examples, options, tokenizer)
+    _attach(model, options)
+    trainer, stop = _make_trainer(model, tokenizer, data, options)
+    started = time.perf_counter()
+    with stop, user_errors(FileNotFoundError):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.interrupted:
+        note(
+            f"interrupted: step {trainer.state.global_step} of {trainer.state.max_steps} is saved; "
+            f"go on with: milora train --resume --output {output}"
+        )
+        return EXIT_INTERRUPTED
+    _finish(trainer, options, result, time.perf_counter() - started, namespace)
+    return 0
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Data:
+    """Encoded datasets; `dev` and `activation` may be None."""
+
+    train: Any
+    dev: Any
+    activation: Any
+
+
+def _read_files(options: TrainOptions) -> dict[str, Any]:
+    from milora.data import read_examples
+
+    files = {"train": read_examples(options.data)}
+    if options.dev_data:
+        files["dev"] = read_examples(options.dev_data)
+    if options.activation_data not in ("holdout", "dev") and not options.no_bilevel:
+        files["activation"] = read_examples(options.activation_data)
+    if options.chat_template:
+        try:
+            files["template"] = Path(options.chat_template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --chat-template: {error}") from None
+    return files
+
+
+def _encode(files: dict[str, Any], options: TrainOptions, tokenizer) -> _Data:
+    import torch
+
+    from milora.data import EncodedDataset, Encoder, encode_examples
+
+    encoder = Encoder(tokenizer, files.pop("template", None))
+    encoded = {}
+    for name, examples in files.items():
+        encoded[name] = data = encode_examples(examples, encoder, options.max_length)
+        if data.truncated:
+            note(f"{name}: {data.truncated} answers cut at --max-length {options.max_length}")
+        if data.dropped:
+            note(
+                f"{name}: {len(data.dropped)} examples left out, whose prompts alone have "
+                f"{options.max_length} tokens or more; the first is {data.dropped[0]}"
+            )
+    train, dev = encoded["train"], encoded.get("dev")
+    if dev is None and options.dev_share > 0:
+        size = round(len(train) * options.dev_share)
+        if size:
+            # Not torch's global generator: the split must not depend on what ran before.
+            generator = torch.Generator().manual_seed(options.seed)
+            order = torch.randperm(len(train), generator=generator).tolist()
+            dev = EncodedDataset([train[i] for i in sorted(order[:size])])
+            train = EncodedDataset([train[i] for i in sorted(order[size:])])
+    activation = encoded.get("activation")
+    if options.activation_data == "dev":
+        if dev is None:
+            raise UserError("--activation-data dev needs --dev-data or --dev-share")
+        activation = dev
+    if activation is None and not options.no_bilevel and len(train) < 2:
+        raise UserError(
+            f"{options.data}: 1 example is too few to hold out a tenth of them",
+            hint="add examples, or pass --no-bilevel",
+        )
+    return _Data(train, dev, activation)
+
+
+# ---- model ------------------------------------------------------------------------------------
+
+
+def _attach(model, options: TrainOptions) -> None:
+    import milora
+
+    with user_errors(ValueError):
+        config = milora.MiLoRAConfig(
+            rank=options.rank,
+            alpha=options.alpha,
+            top_k=options.top_k,
+            router=not options.no_router,
+            target_modules=options.target_modules or "all-linear",
+            expert=options.expert,
+            pooler=options.pooler,
+            activation=options.activation,
+            gate=options.gate,
+            router_norm=options.router_norm,
+            dropout=options.dropout,
+            rslora=options.rslora,
+            balance_coef=options.balance_coef,
+            seed=options.seed,
+            bilevel=not options.no_bilevel,
+        )
+        milora.attach(model, config)
+    count = milora.count_parameters(model)
+    check_memory(
+        count.trainable * BYTES_PER_TRAINED_PARAMETER, str(model.device), "training this adapter"
+    )
+    note(
+        f"{count.trainable:,} trainable parameters, {count.activated:,} of them active for a prompt"
+    )
+
+
+def _make_trainer(model, tokenizer, data: _Data, options: TrainOptions):
+    """The trainer, and the callback that turns Ctrl-C into a checkpoint."""
+    import transformers
+
+    from milora.cli.train_progress import TrainProgress
+    from milora.data.collator import CompletionCollator, pad_token_id
+    from milora.train.bilevel import MiLoRATrainer
+    from milora.train.interrupt import InterruptCallback
+
+    stop = InterruptCallback()
+    callbacks = [stop, TrainProgress()]
+    if data.dev is not None and options.patience:
+        callbacks.append(transformers.EarlyStoppingCallback(options.patience))
+    with user_errors(ValueError):
+        trainer = MiLoRATrainer(
+            model=model,
+            args=_training_arguments(model, options, has_dev=data.dev is not None),
+            train_dataset=data.train,
+            eval_dataset=data.dev,
+            data_collator=CompletionCollator(pad_token_id(tokenizer)),
+            callbacks=callbacks,
+            activation_dataset=data.activation,
+            activation_lr=options.activation_lr,
+            activation_max_grad_norm=options.activation_max_grad_norm,
+        )
+    trainer.remove_callback(transformers.PrinterCallback)  # it would print dicts on stdout
+    return trainer, stop
+
+
+def _training_arguments(model, options: TrainOptions, *, has_dev: bool):
+    import transformers
+
+    extra: dict[str, Any] = {}
+    if options.gradient_checkpointing:
+        # transformers 5.23 renamed it, and 5.17 knows the old name only.
+        names = {field for field in transformers.TrainingArguments.__dataclass_fields__}
+        new = "activation_checkpointing" in names
+        extra["activation_checkpointing" if new else "gradient_checkpointing"] = True
+    if has_dev:
+        extra |= {
+            "eval_strategy": "steps",
+            "eval_steps": options.eval_every,
+            "metric_for_best_model": "perplexity",
+            "greater_is_better": False,
+            "load_best_model_at_end": True,
+        }
+    return transformers.TrainingArguments(
+        output_dir=options.output,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps if options.max_steps > 0 else -1,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,  # a float below 1 is a share of the steps
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch",
+        save_strategy="steps",
+        save_steps=options.eval_every,
+        save_total_limit=2,
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        seed=options.seed,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type != "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        **extra,
+    )
+
+
+# ---- the run's folder -------------------------------------------------------------------------
+
+
+def _refuse_old_run(output: Path) -> None:
+    if output.is_dir() and any(output.glob("checkpoint-*")):
+        raise UserError(
+            f"{output} holds the checkpoints of an earlier run",
+            hint="go on with it by --resume, or choose another --output",
+        )
+
+
+def _last_checkpoint(output: Path) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if checkpoint is None:
+        raise UserError(f"nothing to resume in {output}: no checkpoint")
+    return checkpoint
+
+
+def _finish(trainer, options: TrainOptions, result, seconds: float, namespace) -> None:
+    import milora
+    from milora.train.metrics import METRICS_FILE
+
+    output = Path(options.output)
+    milora.save(trainer.model, output)
+    state = trainer.state
+    summary = {
+        "output": str(output),
+        "steps": state.global_step,
+        "planned_steps": state.max_steps,
+        "train_loss": result.training_loss,
+        "best_perplexity": state.best_metric,
+        "best_step": state.best_global_step if state.best_metric is not None else None,
+        "seconds": round(seconds, 1),
+        "metrics": str(output / METRICS_FILE),
+        "plot": None,
+    }
+    if not namespace.no_plot:
+        from milora.cli.plots import draw_training
+
+        plot = output / "training.png"
+        draw_training(output / METRICS_FILE, plot)
+        summary["plot"] = str(plot)
+    note(f"adapter saved in {output} after {state.global_step} steps, {seconds:.0f} s")
+    if state.best_metric is not None:
+        note(f"best dev perplexity {state.best_metric:.4g} at step {state.best_global_step}")
+    write_json(namespace.json, summary)

@@ -1,0 +1,42 @@
+// Op schemas and registration, nothing else. The contracts stand in milora/ops.py.
+#include "common/macros.h"
+#include "ops/ops.h"
+
+STABLE_TORCH_LIBRARY(milora, m) {
+  m.def(
+      "grouped_lora_(Tensor(a!)[] y, Tensor x, Tensor pool, Tensor offsets, Tensor ranks, "
+      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts) -> ()");
+  m.def(
+      "grouped_lora(Tensor y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor gates, "
+      "Tensor route_of, Tensor adapter_of) -> Tensor");
+  m.def(
+      "grouped_lora_backward(Tensor dy, Tensor x, Tensor[] a, Tensor[] b, float[] scales, "
+      "Tensor gates, Tensor route_of, Tensor adapter_of, bool need_dx, bool need_weights, "
+      "bool need_gates) -> (Tensor, Tensor[], Tensor[], Tensor)");
+  m.def(
+      "prompt_router(Tensor h, Tensor spans, Tensor router_of, Tensor w_sa, Tensor w_r, "
+      "Tensor coef, Tensor codes) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prompt_router_backward(Tensor dprobs, Tensor dgates, Tensor dpooled, Tensor h, "
+      "Tensor spans, Tensor router_of, Tensor w_sa, Tensor w_r, Tensor coef, Tensor codes, "
+      "Tensor probs, Tensor pooled) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+// One host function per op serves every device: it checks, fills Params and dispatches.
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("grouped_lora_", TORCH_BOX(&milora::grouped_lora_pool));
+  m.impl("grouped_lora", TORCH_BOX(&milora::grouped_lora));
+  m.impl("grouped_lora_backward", TORCH_BOX(&milora::grouped_lora_backward));
+  m.impl("prompt_router", TORCH_BOX(&milora::prompt_router));
+  m.impl("prompt_router_backward", TORCH_BOX(&milora::prompt_router_backward));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(milora, CPU, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(milora, CUDA, m) { register_ops(m); }
+
+// The loader compares this with the Python package's version before it uses the library.
+MILORA_EXPORT const char* milora_version() { return MILORA_VERSION; }

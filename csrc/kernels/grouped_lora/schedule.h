@@ -1,0 +1,67 @@
+// From routes to work: which rows each adapter serves, and the units that threads take.
+//
+// Runs of tokens with one route become the rows of their adapter, in token order, so that its
+// weights are read once for all of them. Jobs (adapter x slice) are cut into units of nearly equal
+// work; a unit's result does not depend on where the cuts fall.
+#pragma once
+
+#include <vector>
+
+#include "kernels/grouped_lora/params.h"
+
+namespace milora {
+
+// One adapter's expert in one slice, with the rows that use it.
+struct LoraJob {
+  const void* a;   // [rank, d_in]
+  const void* bt;  // [rank, d_out]
+  int64_t a_stride, bt_stride;
+  const float* u;  // [d_out] or null
+  const float* v;  // [d_out] or null
+  float scale;
+  int32_t rank;
+  int32_t slice;
+  int32_t adapter;
+  int64_t row_begin, num_rows;  // into rows and row_gates
+  int64_t hidden_begin;         // float offset into the scratch of A x, [num_rows, rank]
+};
+
+struct LoraUnit {
+  int32_t job;
+  int32_t row_begin, row_end;  // within the job
+  int32_t begin, end;          // ranks (shrink) or columns (expand)
+};
+
+struct LoraSchedule {
+  std::vector<LoraJob> jobs;
+  std::vector<int32_t> rows;     // token of each row
+  std::vector<float> row_gates;  // gate of each row, never 0
+  std::vector<LoraUnit> shrink_units, expand_units;
+  int64_t hidden_size = 0;  // floats
+  int64_t bytes = 0;        // of weights, to decide whether threads pay
+
+  void clear();
+};
+
+// Rows of each adapter, grouped: the part that both ops share.
+struct LoraGroup {
+  int32_t adapter;
+  int64_t begin, end;  // into tokens
+};
+struct LoraGroups {
+  std::vector<LoraGroup> groups;
+  std::vector<int32_t> tokens;
+};
+
+// Throws std::runtime_error (with op as prefix) on a route or adapter out of range.
+void group_tokens(const char* op, const int32_t* route_of, const int32_t* adapter_of,
+                  int64_t num_tokens, int64_t num_routes, int64_t num_adapters,
+                  LoraGroups* groups);
+
+// Throws on a rank, offset or length that points outside the pool.
+void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out);
+
+// Units of one schedule's jobs; d_out_of(slice) columns each.
+void cut_units(const int64_t* d_out_of_slice, int64_t d_in, LoraSchedule* out);
+
+}  // namespace milora

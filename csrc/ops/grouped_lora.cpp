@@ -1,0 +1,342 @@
+// milora::grouped_lora and its backward: out[t] = y[t] + g scale B A x[t], weights as tensors.
+#include <cstring>
+
+#include "common/cuda_runtime.h"
+#include "kernels/grouped_lora/cpu.h"
+#include "kernels/grouped_lora/cuda.h"
+#include "ops/ops.h"
+
+namespace milora {
+namespace {
+
+constexpr int64_t kRowsPerUnit = 32;
+constexpr int64_t kColsPerUnit = 256;
+constexpr int64_t kReduceCols = 64;
+constexpr int64_t kParallelWork = 64 * 1024;  // multiply-adds that one thread does sooner alone
+
+// Host-side table of the adapters, checked.
+std::vector<LoraWeights> weight_table(const char* op, const Tensor& x, const Tensors& a,
+                                      const Tensors& b, const std::vector<double>& scales,
+                                      int64_t d_in, int64_t d_out) {
+  check(a.size() == b.size() && a.size() == scales.size(), op,
+        "a, b and scales must have one entry per adapter, got ", a.size(), ", ", b.size(), " and ",
+        scales.size());
+  std::vector<LoraWeights> table(a.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    check_shape(op, "a", a[i], {-1, d_in}, "[rank, d_in]");
+    const int64_t rank = a[i].size(0);
+    check(rank >= 1 && rank <= kMaxRank, op, "rank must be in [1, ", kMaxRank, "], got ", rank,
+          " for adapter ", i);
+    check_shape(op, "b", b[i], {d_out, rank}, "[d_out, rank]");
+    check_dtype(op, "a", a[i], x.scalar_type());
+    check_dtype(op, "b", b[i], x.scalar_type());
+    check_contiguous(op, "a", a[i]);
+    check_contiguous(op, "b", b[i]);
+    check_same_device(op, "a", a[i], x);
+    check_same_device(op, "b", b[i], x);
+    table[i] = {a[i].const_data_ptr(), b[i].const_data_ptr(), static_cast<int32_t>(rank),
+                static_cast<float>(scales[i])};
+  }
+  return table;
+}
+
+void check_routes(const char* op, const Tensor& x, const Tensor& gates, const Tensor& route_of,
+                  const Tensor& adapter_of) {
+  check_dtype(op, "gates", gates, ScalarType::Float);
+  check_dtype(op, "route_of", route_of, ScalarType::Int);
+  check_dtype(op, "adapter_of", adapter_of, ScalarType::Int);
+  check_shape(op, "gates", gates, {-1}, "[num_routes]");
+  check_shape(op, "route_of", route_of, {x.size(0)}, "[num_tokens]");
+  check_shape(op, "adapter_of", adapter_of, {gates.size(0)}, "[num_routes]");
+  const std::pair<const char*, const Tensor*> tables[] = {
+      {"gates", &gates}, {"route_of", &route_of}, {"adapter_of", &adapter_of}};
+  for (const auto& [name, table] : tables) {
+    check_same_device(op, name, *table, x);
+    check_contiguous(op, name, *table);
+  }
+}
+
+// Jobs of one slice with float32 Bt in scratch; rows with gate 0 are left out.
+struct TrainPlan {
+  LoraSchedule schedule;
+  std::vector<float> bt;
+  int64_t work = 0;  // multiply-adds of the shrink
+};
+
+void make_plan(const char* op, const LoraWeights* adapters, int64_t num_adapters,
+               const float* gates, int64_t num_routes, const int32_t* route_of,
+               const int32_t* adapter_of, int64_t num_tokens, int64_t d_in, int64_t d_out,
+               TrainPlan* plan) {
+  LoraGroups grouped;
+  group_tokens(op, route_of, adapter_of, num_tokens, num_routes, num_adapters, &grouped);
+  LoraSchedule& out = plan->schedule;
+  int64_t bt_size = 0;
+  for (const LoraGroup& group : grouped.groups) {
+    const auto row_begin = static_cast<int64_t>(out.rows.size());
+    for (int64_t i = group.begin; i < group.end; ++i) {
+      const int32_t token = grouped.tokens[i];
+      const float gate = gates[route_of[token]];
+      if (gate == 0.0f) continue;
+      out.rows.push_back(token);
+      out.row_gates.push_back(gate);
+    }
+    const auto num_rows = static_cast<int64_t>(out.rows.size()) - row_begin;
+    if (num_rows == 0) continue;
+    const LoraWeights& weights = adapters[group.adapter];
+    LoraJob job{};
+    job.a = weights.a;
+    job.a_stride = d_in;
+    job.bt_stride = d_out;
+    job.scale = weights.scale;
+    job.rank = weights.rank;
+    job.adapter = group.adapter;
+    job.row_begin = row_begin;
+    job.num_rows = num_rows;
+    job.hidden_begin = out.hidden_size;
+    out.hidden_size += num_rows * job.rank;
+    plan->work += num_rows * job.rank * d_in;
+    bt_size += job.rank * d_out;
+    out.jobs.push_back(job);
+  }
+  plan->bt.resize(bt_size);
+  float* bt = plan->bt.data();
+  for (LoraJob& job : out.jobs) {
+    job.bt = bt;
+    bt += job.rank * d_out;
+  }
+}
+
+void transpose_weights(const TrainPlan& plan, const LoraWeights* adapters, Dtype dtype,
+                       int64_t d_out) {
+  const GroupedLoraCpu& kernels = grouped_lora_cpu();
+  const auto& jobs = plan.schedule.jobs;
+  const int64_t pieces = (d_out + kColsPerUnit - 1) / kColsPerUnit;
+  run_tasks(static_cast<int64_t>(jobs.size()) * pieces, plan.work > kParallelWork, [&](int64_t i) {
+    const LoraJob& job = jobs[i / pieces];
+    const int64_t begin = i % pieces * kColsPerUnit;
+    kernels.transpose_b(adapters[job.adapter].b, dtype, job.rank, d_out, begin,
+                        std::min(begin + kColsPerUnit, d_out),
+                        const_cast<float*>(static_cast<const float*>(job.bt)));
+  });
+}
+
+std::vector<LoraUnit> cut(const std::vector<LoraJob>& jobs, int64_t row_step, int64_t extent,
+                          int64_t step) {
+  std::vector<LoraUnit> units;
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    const int64_t rows = jobs[j].num_rows;
+    const int64_t stride = row_step > 0 ? row_step : rows;
+    for (int64_t r = 0; r < rows; r += stride) {
+      for (int64_t c = 0; c < extent; c += step) {
+        units.push_back({static_cast<int32_t>(j), static_cast<int32_t>(r),
+                         static_cast<int32_t>(std::min(r + stride, rows)), static_cast<int32_t>(c),
+                         static_cast<int32_t>(std::min(c + step, extent))});
+      }
+    }
+  }
+  return units;
+}
+
+void copy_idle_rows(const GroupedLoraParams& p, const LoraSchedule& plan) {
+  std::vector<char> active(p.num_tokens, 0);
+  for (int32_t token : plan.rows) active[token] = 1;
+  const int64_t item = element_size(p.dtype);
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    if (active[t]) continue;
+    std::memcpy(static_cast<char*>(p.out) + t * p.d_out * item,
+                static_cast<const char*>(p.y) + t * p.y_stride * item, p.d_out * item);
+  }
+}
+
+void run_cpu(const char* op, const GroupedLoraParams& p) {
+  TrainPlan plan;
+  make_plan(op, p.adapters, p.num_adapters, p.gates, p.num_routes, p.route_of, p.adapter_of,
+            p.num_tokens, p.d_in, p.d_out, &plan);
+  copy_idle_rows(p, plan.schedule);
+  transpose_weights(plan, p.adapters, p.dtype, p.d_out);
+  cut_units(&p.d_out, p.d_in, &plan.schedule);
+  std::vector<float> hidden(plan.schedule.hidden_size);
+
+  LoraWork work{};
+  work.jobs = plan.schedule.jobs.data();
+  work.shrink_units = plan.schedule.shrink_units.data();
+  work.expand_units = plan.schedule.expand_units.data();
+  work.rows = plan.schedule.rows.data();
+  work.row_gates = plan.schedule.row_gates.data();
+  work.hidden = hidden.data();
+  work.x = p.x;
+  work.x_stride = p.x_stride;
+  work.d_in = p.d_in;
+  work.y[0] = p.y;
+  work.out[0] = p.out;
+  work.y_stride[0] = p.y_stride;
+  work.out_stride[0] = p.d_out;
+  work.dtype = p.dtype;
+  work.bt_is_float = true;
+
+  const GroupedLoraCpu& kernels = grouped_lora_cpu();
+  const bool parallel = plan.work > kParallelWork;
+  run_tasks(static_cast<int64_t>(plan.schedule.shrink_units.size()), parallel,
+            [&](int64_t i) { kernels.shrink(work, i, i + 1); });
+  run_tasks(static_cast<int64_t>(plan.schedule.expand_units.size()), parallel,
+            [&](int64_t i) { kernels.expand(work, i, i + 1); });
+}
+
+void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {
+  TrainPlan plan;
+  make_plan(op, p.adapters, p.num_adapters, p.gates, p.num_routes, p.route_of, p.adapter_of,
+            p.num_tokens, p.d_in, p.d_out, &plan);
+  transpose_weights(plan, p.adapters, p.dtype, p.d_out);
+  const auto& jobs = plan.schedule.jobs;
+  // One allocation for A x, its gradient and the gates' row sums.
+  const int64_t size = plan.schedule.hidden_size;
+  std::vector<float> scratch(2 * size + static_cast<int64_t>(plan.schedule.rows.size()));
+  const std::vector<LoraUnit> row_units = cut(jobs, kRowsPerUnit, 1, 1);
+  const std::vector<LoraUnit> dx_units = cut(jobs, 3 * kRowsPerUnit, p.d_in, kColsPerUnit);
+  const std::vector<LoraUnit> da_units = cut(jobs, 0, p.d_in, kReduceCols);
+  const std::vector<LoraUnit> db_units = cut(jobs, 0, p.d_out, kReduceCols);
+
+  LoraBackwardWork work{};
+  work.jobs = jobs.data();
+  work.row_units = row_units.data();
+  work.dx_units = dx_units.data();
+  work.da_units = da_units.data();
+  work.db_units = db_units.data();
+  work.rows = plan.schedule.rows.data();
+  work.row_gates = plan.schedule.row_gates.data();
+  work.hidden = scratch.data();
+  work.grad_hidden = scratch.data() + size;
+  work.row_dots = scratch.data() + 2 * size;
+  work.x = p.x;
+  work.dy = p.dy;
+  work.x_stride = p.x_stride;
+  work.dy_stride = p.dy_stride;
+  work.d_in = p.d_in;
+  work.d_out = p.d_out;
+  work.dx = p.dx;
+  work.grads = p.grads;
+  work.dtype = p.dtype;
+  work.need_hidden = p.grads != nullptr || p.dgates != nullptr;
+
+  const GroupedLoraCpu& kernels = grouped_lora_cpu();
+  const bool parallel = plan.work > kParallelWork;
+  const auto run = [&](const std::vector<LoraUnit>& units, auto kernel) {
+    run_tasks(static_cast<int64_t>(units.size()), parallel,
+              [&](int64_t i) { kernel(work, i, i + 1); });
+  };
+  run(row_units, kernels.backward_rows);
+  if (p.dx != nullptr) run(dx_units, kernels.backward_dx);
+  if (p.grads != nullptr) {
+    run(da_units, kernels.backward_da);
+    run(db_units, kernels.backward_db);
+  }
+  if (p.dgates != nullptr) {
+    std::vector<double> sums(p.num_routes, 0.0);
+    for (size_t i = 0; i < plan.schedule.rows.size(); ++i) {
+      sums[p.route_of[plan.schedule.rows[i]]] += work.row_dots[i];
+    }
+    std::copy(sums.begin(), sums.end(), p.dgates);
+  }
+}
+
+}  // namespace
+
+Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
+                    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
+                    const Tensor& adapter_of) {
+  constexpr const char* kOp = "grouped_lora";
+  GroupedLoraParams p{};
+  p.dtype = float_dtype(kOp, "x", x);
+  check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check_dtype(kOp, "y", y, x.scalar_type());
+  check_shape(kOp, "y", y, {x.size(0), -1}, "[num_tokens, d_out]");
+  check_same_device(kOp, "y", y, x);
+  check_routes(kOp, x, gates, route_of, adapter_of);
+  p.num_tokens = x.size(0);
+  p.d_in = x.size(1);
+  p.d_out = y.size(1);
+  p.num_routes = gates.size(0);
+  p.num_adapters = static_cast<int64_t>(a.size());
+  const std::vector<LoraWeights> table = weight_table(kOp, x, a, b, scales, p.d_in, p.d_out);
+  Tensor out = torch::stable::new_empty(y, {p.num_tokens, p.d_out});
+  if (out.numel() == 0) return out;
+  p.y = y.const_data_ptr();
+  p.y_stride = row_stride(kOp, "y", y);
+  p.out = out.mutable_data_ptr();
+  p.x = x.const_data_ptr();
+  p.x_stride = row_stride(kOp, "x", x);
+  p.adapters = table.data();
+  p.gates = static_cast<const float*>(gates.const_data_ptr());
+  p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
+  p.adapter_of = static_cast<const int32_t*>(adapter_of.const_data_ptr());
+  if (x.is_cuda()) {
+    const int64_t bytes = grouped_lora_cuda_scratch(p);
+    Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    run_cuda(kOp, x, [&](void* stream) {
+      return grouped_lora_cuda(p, scratch.mutable_data_ptr(), stream);
+    });
+  } else {
+    run_cpu(kOp, p);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
+    const Tensor& dy, const Tensor& x, const Tensors& a, const Tensors& b,
+    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
+    const Tensor& adapter_of, bool need_dx, bool need_weights, bool need_gates) {
+  constexpr const char* kOp = "grouped_lora_backward";
+  GroupedLoraBackwardParams p{};
+  p.dtype = float_dtype(kOp, "x", x);
+  check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check_dtype(kOp, "dy", dy, x.scalar_type());
+  check_shape(kOp, "dy", dy, {x.size(0), -1}, "[num_tokens, d_out]");
+  check_same_device(kOp, "dy", dy, x);
+  check_routes(kOp, x, gates, route_of, adapter_of);
+  p.num_tokens = x.size(0);
+  p.d_in = x.size(1);
+  p.d_out = dy.size(1);
+  p.num_routes = gates.size(0);
+  p.num_adapters = static_cast<int64_t>(a.size());
+  const std::vector<LoraWeights> table = weight_table(kOp, x, a, b, scales, p.d_in, p.d_out);
+
+  // Outputs that are not wanted come back with no elements. Tokens and adapters without work keep
+  // their zeros.
+  const auto zeros = [](const Tensor& like, bool wanted, std::vector<int64_t> sizes) {
+    return wanted ? torch::stable::new_zeros(like, sizes) : torch::stable::new_empty(like, {0});
+  };
+  Tensor dx = zeros(x, need_dx, {p.num_tokens, p.d_in});
+  Tensor dgates = zeros(gates, need_gates, {p.num_routes});
+  Tensors da, db;
+  std::vector<LoraGrads> grads;
+  for (size_t i = 0; i < a.size(); ++i) {
+    da.push_back(zeros(a[i], need_weights, {a[i].size(0), p.d_in}));
+    db.push_back(zeros(b[i], need_weights, {p.d_out, a[i].size(0)}));
+    grads.push_back({da[i].mutable_data_ptr(), db[i].mutable_data_ptr()});
+  }
+  if (p.num_tokens > 0 && p.num_adapters > 0) {
+    p.dy = dy.const_data_ptr();
+    p.dy_stride = row_stride(kOp, "dy", dy);
+    p.x = x.const_data_ptr();
+    p.x_stride = row_stride(kOp, "x", x);
+    p.adapters = table.data();
+    p.gates = static_cast<const float*>(gates.const_data_ptr());
+    p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
+    p.adapter_of = static_cast<const int32_t*>(adapter_of.const_data_ptr());
+    p.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+    p.grads = need_weights ? grads.data() : nullptr;
+    p.dgates = need_gates ? static_cast<float*>(dgates.mutable_data_ptr()) : nullptr;
+    if (x.is_cuda()) {
+      const int64_t bytes = grouped_lora_backward_cuda_scratch(p);
+      Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+      run_cuda(kOp, x, [&](void* stream) {
+        return grouped_lora_backward_cuda(p, scratch.mutable_data_ptr(), stream);
+      });
+    } else {
+      run_cpu_backward(kOp, p);
+    }
+  }
+  return {dx, da, db, dgates};
+}
+
+}  // namespace milora

@@ -1,0 +1,129 @@
+// milora::grouped_lora_: y[s][t] += g (scale B A x[t] + u y[s][t] + v), weights read from the pool.
+#include "common/cuda_runtime.h"
+#include "kernels/grouped_lora/cpu.h"
+#include "kernels/grouped_lora/cuda.h"
+#include "ops/ops.h"
+
+namespace milora {
+namespace {
+
+constexpr const char* kOp = "grouped_lora_";
+// Waking the other threads costs a few microseconds: as long as reading this many bytes alone.
+constexpr int64_t kParallelBytes = 128 * 1024;
+
+void check_tables(const GroupedLoraPoolParams& p, const Tensor& x, const Tensor& pool,
+                  const Tensor& offsets, const Tensor& ranks, const Tensor& scales,
+                  const Tensor& gates, const Tensor& route_of, const Tensor& adapter_of) {
+  check_dtype(kOp, "pool", pool, ScalarType::Byte);
+  check_dtype(kOp, "offsets", offsets, ScalarType::Long);
+  check_dtype(kOp, "ranks", ranks, ScalarType::Int);
+  check_dtype(kOp, "scales", scales, ScalarType::Float);
+  check_dtype(kOp, "gates", gates, ScalarType::Float);
+  check_dtype(kOp, "route_of", route_of, ScalarType::Int);
+  check_dtype(kOp, "adapter_of", adapter_of, ScalarType::Int);
+  check_shape(kOp, "pool", pool, {-1}, "[pool_bytes]");
+  check_shape(kOp, "offsets", offsets, {p.num_adapters, p.num_slices, 4},
+              "[num_adapters, num_slices, 4]");
+  check_shape(kOp, "ranks", ranks, {p.num_adapters, p.num_slices}, "[num_adapters, num_slices]");
+  check_shape(kOp, "scales", scales, {p.num_adapters, p.num_slices},
+              "[num_adapters, num_slices]");
+  check_shape(kOp, "gates", gates, {-1, -1}, "[num_routes, num_experts]");
+  check_shape(kOp, "route_of", route_of, {p.num_tokens}, "[num_tokens]");
+  check_shape(kOp, "adapter_of", adapter_of, {gates.size(0)}, "[num_routes]");
+  const std::pair<const char*, const Tensor*> tables[] = {
+      {"pool", &pool},   {"offsets", &offsets},   {"ranks", &ranks},          {"scales", &scales},
+      {"gates", &gates}, {"route_of", &route_of}, {"adapter_of", &adapter_of}};
+  for (const auto& [name, table] : tables) {
+    check_same_device(kOp, name, *table, x);
+    check_contiguous(kOp, name, *table);
+  }
+  check(reinterpret_cast<uintptr_t>(pool.const_data_ptr()) % 16 == 0, kOp,
+        "pool must start on 16 bytes, got an address that does not");
+}
+
+void run_cpu(const GroupedLoraPoolParams& params) {
+  // Kept between calls: a decode step makes hundreds of them.
+  static thread_local LoraSchedule plan;
+  static thread_local std::vector<float> hidden;
+  schedule(params, &plan);
+  if (plan.jobs.empty()) return;
+  if (static_cast<int64_t>(hidden.size()) < plan.hidden_size) hidden.resize(plan.hidden_size);
+
+  LoraWork work{};
+  work.jobs = plan.jobs.data();
+  work.shrink_units = plan.shrink_units.data();
+  work.expand_units = plan.expand_units.data();
+  work.rows = plan.rows.data();
+  work.row_gates = plan.row_gates.data();
+  work.hidden = hidden.data();
+  work.x = params.x;
+  work.x_stride = params.x_stride;
+  work.d_in = params.d_in;
+  for (int64_t s = 0; s < params.num_slices; ++s) {
+    work.y[s] = work.out[s] = params.y[s];
+    work.y_stride[s] = work.out_stride[s] = params.y_stride[s];
+  }
+  work.dtype = params.dtype;
+  work.bt_is_float = false;
+
+  const GroupedLoraCpu& kernels = grouped_lora_cpu();
+  const bool parallel = plan.bytes > kParallelBytes;
+  run_tasks(static_cast<int64_t>(plan.shrink_units.size()), parallel,
+            [&](int64_t i) { kernels.shrink(work, i, i + 1); });
+  run_tasks(static_cast<int64_t>(plan.expand_units.size()), parallel,
+            [&](int64_t i) { kernels.expand(work, i, i + 1); });
+}
+
+}  // namespace
+
+void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
+                       const Tensor& ranks, const Tensor& scales, const Tensor& gates,
+                       const Tensor& route_of, const Tensor& adapter_of,
+                       const std::vector<int64_t>& experts) {
+  GroupedLoraPoolParams p{};
+  p.num_slices = static_cast<int64_t>(y.size());
+  check(p.num_slices >= 1 && p.num_slices <= kMaxSlices, kOp, "y must have 1 to ", kMaxSlices,
+        " slices, got ", p.num_slices);
+  check(experts.size() == y.size(), kOp, "experts must have one column per slice (",
+        p.num_slices, "), got ", experts.size());
+  p.dtype = float_dtype(kOp, "x", x);
+  check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check(offsets.dim() == 3, kOp, "offsets must be [num_adapters, num_slices, 4], got ",
+        Shape{offsets});
+  p.num_tokens = x.size(0);
+  p.d_in = x.size(1);
+  p.num_adapters = offsets.size(0);
+  check_tables(p, x, pool, offsets, ranks, scales, gates, route_of, adapter_of);
+  p.num_routes = gates.size(0);
+  p.num_experts = gates.size(1);
+  for (int64_t s = 0; s < p.num_slices; ++s) {
+    check_dtype(kOp, "y", y[s], x.scalar_type());
+    check_shape(kOp, "y", y[s], {p.num_tokens, -1}, "[num_tokens, d_out]");
+    check_same_device(kOp, "y", y[s], x);
+    check(experts[s] >= 0 && experts[s] < p.num_experts, kOp, "experts must be in [0, ",
+          p.num_experts, "), got ", experts[s]);
+    p.y[s] = y[s].mutable_data_ptr();
+    p.y_stride[s] = row_stride(kOp, "y", y[s]);
+    p.d_out[s] = y[s].size(1);
+    p.expert[s] = static_cast<int32_t>(experts[s]);
+  }
+  p.x = x.const_data_ptr();
+  p.x_stride = row_stride(kOp, "x", x);
+  p.pool = static_cast<const uint8_t*>(pool.const_data_ptr());
+  p.pool_bytes = pool.size(0);
+  p.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  p.ranks = static_cast<const int32_t*>(ranks.const_data_ptr());
+  p.scales = static_cast<const float*>(scales.const_data_ptr());
+  p.gates = static_cast<const float*>(gates.const_data_ptr());
+  p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
+  p.adapter_of = static_cast<const int32_t*>(adapter_of.const_data_ptr());
+
+  if (p.num_tokens == 0 || p.num_adapters == 0) return;
+  if (x.is_cuda()) {
+    run_cuda(kOp, x, [&](void* stream) { return grouped_lora_pool_cuda(p, stream); });
+  } else {
+    run_cpu(p);
+  }
+}
+
+}  // namespace milora

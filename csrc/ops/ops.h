@@ -1,0 +1,37 @@
+// The host functions behind the schemas in bindings.cpp.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "common/torch_shim.h"
+
+namespace milora {
+
+using Tensors = std::vector<Tensor>;
+
+void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
+                       const Tensor& ranks, const Tensor& scales, const Tensor& gates,
+                       const Tensor& route_of, const Tensor& adapter_of,
+                       const std::vector<int64_t>& experts);
+
+Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
+                    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
+                    const Tensor& adapter_of);
+
+std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
+    const Tensor& dy, const Tensor& x, const Tensors& a, const Tensors& b,
+    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
+    const Tensor& adapter_of, bool need_dx, bool need_weights, bool need_gates);
+
+std::tuple<Tensor, Tensor, Tensor> prompt_router(const Tensor& h, const Tensor& spans,
+                                                 const Tensor& router_of, const Tensor& w_sa,
+                                                 const Tensor& w_r, const Tensor& coef,
+                                                 const Tensor& codes);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_router_backward(
+    const Tensor& dprobs, const Tensor& dgates, const Tensor& dpooled, const Tensor& h,
+    const Tensor& spans, const Tensor& router_of, const Tensor& w_sa, const Tensor& w_r,
+    const Tensor& coef, const Tensor& codes, const Tensor& probs, const Tensor& pooled);
+
+}  // namespace milora

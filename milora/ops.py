@@ -1,0 +1,253 @@
+"""The ops of milora, typed and documented. Plain-torch versions: `milora.reference`.
+
+Each op runs on the CPU (x86-64 with run-time instruction sets, any other CPU with the baseline) and
+on CUDA where the library was built for it, is deterministic, and is batch-invariant bitwise: what a
+row or prompt gets does not depend on the rows and prompts beside it, nor on the number of threads.
+This module knows torch and nothing of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora._build import load_library
+
+load_library()
+
+# Held once: attribute look-ups on torch.ops cost as much as a small op.
+_grouped_lora_ = torch.ops.milora.grouped_lora_.default
+_grouped_lora = torch.ops.milora.grouped_lora.default
+_grouped_lora_backward = torch.ops.milora.grouped_lora_backward.default
+_prompt_router = torch.ops.milora.prompt_router.default
+_prompt_router_backward = torch.ops.milora.prompt_router_backward.default
+
+MAX_RANK = 256
+MAX_EXPERTS = 64
+MAX_SLICES = 16
+
+# Values of `codes` of `prompt_router`, in the order of its columns.
+POOLERS = ("self_attention", "mean", "max", "last")
+ACTIVATIONS = ("rational", "gelu", "relu")
+NORMS = ("none", "rms")
+GATES = ("probability", "renormalized", "hard")
+
+
+def grouped_lora_(
+    y: list[Tensor],
+    x: Tensor,
+    pool: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+    experts: Sequence[int],
+) -> None:
+    """Add each token's gated low-rank update in place, for modules that share x.   [MiLoRA, eq. 1]
+
+    y_s[t] += g · (scale · B (A x_t) + u ⊙ y_s[t] + v),  g = gates[route_of[t], experts[s]]
+
+    The y on the right is the value before. u and v are the output vectors of DoRA; an adapter
+    without them has −1 in `offsets`. For inference: no autograd is registered.
+
+    Args:
+        y: S slices, each [num_tokens, d_out_s], dtype of x, last dim contiguous, rows may be
+            strided. 1 to 16 of them. Changed in place.
+        x: [num_tokens, d_in] float32 | bfloat16 | float16, last dim contiguous.
+        pool: [pool_bytes] uint8, starts on 16 bytes. A [rank, d_in] and Bᵀ [rank, d_out] in x's
+            dtype, each row on 16 bytes: the row stride is d · itemsize rounded up to 16. u and v
+            [d_out] float32.
+        offsets: [num_adapters, S, 4] int64, bytes from the pool's start of A, Bᵀ, u, v, each a
+            multiple of 16; −1 = no such vector.
+        ranks: [num_adapters, S] int32, 0 to 256; 0 = no expert here.
+        scales: [num_adapters, S] float32.
+        gates: [num_routes, num_experts] float32; 0 = the row is untouched, bitwise.
+        route_of: [num_tokens] int32, row of `gates`; −1 leaves the token untouched.
+        adapter_of: [num_routes] int32; −1 = the bare base.
+        experts: column of `gates` per slice.
+    Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a route,
+        adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
+        such a row is left untouched.
+    Note: accumulates in float32 and rounds once. No host synchronisation, CUDA-graph safe.
+    """
+    _grouped_lora_(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts)
+
+
+def grouped_lora(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+) -> Tensor:
+    """y plus each token's gated low-rank update, differentiable.                   [MiLoRA, eq. 1]
+
+    out[t] = y[t] + g · scale_i · B_i (A_i x_t),  g = gates[route_of[t]],
+    i = adapter_of[route_of[t]]
+
+    Args:
+        y: [num_tokens, d_out], dtype of x, last dim contiguous.
+        x: [num_tokens, d_in] float32 | bfloat16 | float16, last dim contiguous.
+        a: num_adapters of [rank_i, d_in], dtype of x, contiguous; ranks 1 to 256.
+        b: num_adapters of [d_out, rank_i], dtype of x, contiguous.
+        scales: num_adapters.
+        gates: [num_routes] float32, this module's column of the gates.
+        route_of: [num_tokens] int32; −1 leaves the token as it is.
+        adapter_of: [num_routes] int32; −1 = the bare base.
+    Returns: [num_tokens, d_out], dtype of x. Accumulates in float32, rounds once.
+    Raises: RuntimeError as `grouped_lora_`.
+    Note: gradients reach y, x, a, b and gates. A token whose gate is 0 is skipped, so it gives no
+        gradient, to the gate neither; an adapter without tokens gets zeros.
+    """
+    return _grouped_lora(y, x, a, b, scales, gates, route_of, adapter_of)
+
+
+def prompt_router(
+    h: Tensor,
+    spans: Tensor,
+    router_of: Tensor,
+    w_sa: Tensor,
+    w_r: Tensor,
+    coef: Tensor,
+    codes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool each prompt's hidden states, activate, route.                 [MiLoRA, eq. 2, 3, 6, 8]
+
+    pooled = Σ_t softmax(h w_sa)_t h_t  (or mean, max, last),  p = softmax(W_r g(norm(pooled))),
+    gates = p for the top_k largest (ties: lower index), else 0;
+    rational g(x) = Σ_{j=0..6} a_j xʲ / (1 + |Σ_{i=1..5} b_i xⁱ|), evaluated without overflow.
+
+    Args:
+        h: [num_tokens, d] float32 | bfloat16 | float16, last dim contiguous. Tokens outside all
+            spans are never read: they may be NaN.
+        spans: [num_prompts, 2] int32, half-open token ranges; for a backward they must not
+            overlap. An empty span pools to 0.
+        router_of: [num_prompts] int32; −1 = no router: the outputs' rows are 0.
+        w_sa: [num_routers, d] float32.
+        w_r: [num_routers, N, d] float32, N at most 64.
+        coef: [num_routers, 12] float32: a_0..a_6, b_1..b_5.
+        codes: [num_routers, 6] int32: pooler (`POOLERS`), activation (`ACTIVATIONS`), norm
+            (`NORMS`; rms with eps 1e-6), gate (`GATES`), top_k, num_experts ≤ N.
+    Returns: probs [num_prompts, N] and gates [num_prompts, N] float32, 0 from num_experts on, and
+        pooled [num_prompts, d] float32, before norm and activation.
+    Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a code,
+        span or router is out of range.
+    Note: gradients reach h, w_sa, w_r and coef. `hard` gates pass theirs straight to the kept
+        probabilities; max pooling gives its to the first maximum.
+    """
+    return _prompt_router(h, spans, router_of, w_sa, w_r, coef, codes)
+
+
+def _last_dim_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.register_fake("milora::grouped_lora_")
+def _(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts) -> None:
+    return None
+
+
+@torch.library.register_fake("milora::grouped_lora")
+def _(y, x, a, b, scales, gates, route_of, adapter_of) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@torch.library.register_fake("milora::grouped_lora_backward")
+def _(dy, x, a, b, scales, gates, route_of, adapter_of, need_dx, need_weights, need_gates):
+    def output(like: Tensor, wanted: bool) -> Tensor:
+        return like.new_empty(like.shape if wanted else (0,))
+
+    return (
+        output(x, need_dx),
+        [output(t, need_weights) for t in a],
+        [output(t, need_weights) for t in b],
+        output(gates, need_gates),
+    )
+
+
+@torch.library.register_fake("milora::prompt_router")
+def _(h, spans, router_of, w_sa, w_r, coef, codes):
+    num_prompts, num_experts = spans.shape[0], w_r.shape[1]
+    return (
+        w_sa.new_empty((num_prompts, num_experts)),
+        w_sa.new_empty((num_prompts, num_experts)),
+        w_sa.new_empty((num_prompts, h.shape[1])),
+    )
+
+
+@torch.library.register_fake("milora::prompt_router_backward")
+def _(dprobs, dgates, dpooled, h, spans, router_of, w_sa, w_r, coef, codes, probs, pooled):
+    return tuple(t.new_empty(t.shape) for t in (h, w_sa, w_r, coef))
+
+
+def _grouped_lora_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, x, a, b, scales, gates, route_of, adapter_of = inputs
+    ctx.save_for_backward(x, gates, route_of, adapter_of, *a, *b)
+    ctx.scales = scales
+
+
+def _grouped_lora_grad(ctx: Any, dout: Tensor) -> tuple:
+    x, gates, route_of, adapter_of, *weights = ctx.saved_tensors
+    half = len(weights) // 2
+    needs = ctx.needs_input_grad
+    need_a, need_b = _any(needs[2]), _any(needs[3])
+    need_dx, need_gates = needs[1], needs[5]
+    dx = da = db = dgates = None
+    if need_dx or need_a or need_b or need_gates:
+        dx, da, db, dgates = _grouped_lora_backward(
+            _last_dim_contiguous(dout),
+            x,
+            weights[:half],
+            weights[half:],
+            ctx.scales,
+            gates,
+            route_of,
+            adapter_of,
+            need_dx,
+            need_a or need_b,
+            need_gates,
+        )
+    return (
+        dout if needs[0] else None,
+        dx if need_dx else None,
+        da if need_a else [None] * half,
+        db if need_b else [None] * half,
+        None,
+        dgates if need_gates else None,
+        None,
+        None,
+    )
+
+
+def _any(needs: bool | Sequence[bool]) -> bool:
+    return needs if isinstance(needs, bool) else any(needs)
+
+
+torch.library.register_autograd(
+    "milora::grouped_lora", _grouped_lora_grad, setup_context=_grouped_lora_setup
+)
+
+
+def _prompt_router_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    probs, _, pooled = output
+    ctx.save_for_backward(*inputs, probs, pooled)
+
+
+def _prompt_router_grad(ctx: Any, dprobs: Tensor, dgates: Tensor, dpooled: Tensor) -> tuple:
+    dh, dw_sa, dw_r, dcoef = _prompt_router_backward(
+        dprobs.contiguous(), dgates.contiguous(), dpooled.contiguous(), *ctx.saved_tensors
+    )
+    return dh, None, None, dw_sa, dw_r, dcoef, None
+
+
+torch.library.register_autograd(
+    "milora::prompt_router", _prompt_router_grad, setup_context=_prompt_router_setup
+)

@@ -1,0 +1,171 @@
+"""Every op of `milora.ops` in plain torch: same signatures, any float dtype, differentiable.
+
+Written to be read and to be right: tests run it in float64 as the measure of the kernels. Results
+have the dtype of the inputs, and nothing is accumulated in a wider one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RMS_EPSILON = 1e-6
+
+
+def pool_row_stride(d: int, dtype: torch.dtype) -> int:
+    """Elements between rows of a matrix [rank, d] in the pool: rows start on 16 bytes."""
+    itemsize = dtype.itemsize
+    return -(-d * itemsize // 16) * 16 // itemsize
+
+
+def read_pool(pool: Tensor, offset: int, rank: int, d: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [rank, d] of `dtype` that starts `offset` bytes into the pool."""
+    stride = pool_row_stride(d, dtype)
+    size = rank * stride * dtype.itemsize
+    return pool[offset : offset + size].view(dtype).view(rank, stride)[:, :d]
+
+
+def grouped_lora_(
+    y: list[Tensor],
+    x: Tensor,
+    pool: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+    experts: Sequence[int],
+    pool_dtype: torch.dtype | None = None,
+) -> None:
+    """As `milora.ops.grouped_lora_`.
+
+    `pool_dtype` is the dtype of A and Bᵀ in the pool if it is not that of x: a float64 reference of
+    a bfloat16 op reads the same pool.
+    """
+    pool_dtype = pool_dtype or x.dtype
+    d_in = x.shape[1]
+    for s, expert in enumerate(experts):
+        d_out = y[s].shape[1]
+        for t in range(x.shape[0]):
+            route = int(route_of[t])
+            adapter = int(adapter_of[route]) if route >= 0 else -1
+            if adapter < 0 or gates[route, expert] == 0 or ranks[adapter, s] == 0:
+                continue
+            rank = int(ranks[adapter, s])
+            at_a, at_b, at_u, at_v = offsets[adapter, s].tolist()
+            a = read_pool(pool, at_a, rank, d_in, pool_dtype).to(x.dtype)
+            bt = read_pool(pool, at_b, rank, d_out, pool_dtype).to(x.dtype)
+            delta = scales[adapter, s].to(x.dtype) * ((a @ x[t]) @ bt)
+            if at_u >= 0:
+                u = read_pool(pool, at_u, 1, d_out, torch.float32)[0].to(x.dtype)
+                delta = delta + u * y[s][t]
+            if at_v >= 0:
+                delta = delta + read_pool(pool, at_v, 1, d_out, torch.float32)[0].to(x.dtype)
+            y[s][t] += gates[route, expert].to(x.dtype) * delta
+
+
+def grouped_lora(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+) -> Tensor:
+    """As `milora.ops.grouped_lora`."""
+    out = y
+    adapter_of_token = torch.where(
+        route_of >= 0, adapter_of[route_of.clamp(min=0).long()], -torch.ones_like(route_of)
+    )
+    for i, (a_i, b_i, scale) in enumerate(zip(a, b, scales, strict=True)):
+        tokens = (adapter_of_token == i).nonzero()[:, 0]
+        gate = gates[route_of[tokens].long()]
+        active = (gate != 0).detach()
+        tokens, gate = tokens[active], gate[active]
+        delta = scale * ((x[tokens] @ a_i.T) @ b_i.T)
+        out = out.index_add(0, tokens, gate[:, None].to(delta.dtype) * delta)
+    return out
+
+
+def rational(x: Tensor, coef: Tensor) -> Tensor:
+    """g(x) = Σ_{j=0..6} a_j xʲ / (1 + |Σ_{i=1..5} b_i xⁱ|), coef = a_0..a_6, b_1..b_5.  [eq. 6]
+
+    For |x| > 1 in powers of u = 1/x, which cannot overflow:
+    g = |x| Σ a_j u^{6−j} / (|u|⁵ + |Σ b_i u^{5−i}|).
+    """
+    a, b = coef[:7], coef[7:]
+    outside = x.abs() > 1
+    # Each branch sees a harmless value where the other is taken, so that no NaN enters a gradient.
+    inner = torch.where(outside, torch.zeros_like(x), x)
+    u = 1 / torch.where(outside, x, torch.full_like(x, 2))
+    top = sum(a[j] * inner**j for j in range(7))
+    bottom = 1 + sum(b[i - 1] * inner**i for i in range(1, 6)).abs()
+    top_u = sum(a[j] * u ** (6 - j) for j in range(7))
+    bottom_u = u.abs() ** 5 + sum(b[i - 1] * u ** (5 - i) for i in range(1, 6)).abs()
+    return torch.where(outside, x.abs() * (top_u / bottom_u), top / bottom)
+
+
+def pool_prompt(h: Tensor, w_sa: Tensor, pooler: int) -> Tensor:
+    """One prompt's tokens [n, d] -> [d]; codes as `milora.ops.POOLERS`.            [eq. 2, 8]"""
+    if h.shape[0] == 0:
+        return (h.sum(0) + w_sa * 0).to(w_sa.dtype)
+    if pooler == 0:
+        return torch.softmax(h @ w_sa, dim=0) @ h
+    if pooler == 1:
+        return h.mean(0)
+    if pooler == 2:
+        return h.max(0).values
+    return h[-1]
+
+
+def prompt_router(
+    h: Tensor,
+    spans: Tensor,
+    router_of: Tensor,
+    w_sa: Tensor,
+    w_r: Tensor,
+    coef: Tensor,
+    codes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `milora.ops.prompt_router`; computes in the dtype of w_sa."""
+    num_experts_max, d = w_r.shape[1:]
+    probs, gates, pooled = [], [], []
+    for prompt, router in enumerate(router_of.tolist()):
+        if router < 0:
+            probs.append(w_r.new_zeros(num_experts_max))
+            gates.append(w_r.new_zeros(num_experts_max))
+            pooled.append(w_r.new_zeros(d))
+            continue
+        pooler, activation, norm, gate_kind, top_k, num_experts = codes[router].tolist()
+        begin, end = spans[prompt].tolist()
+        vector = pool_prompt(h[begin:end].to(w_sa.dtype), w_sa[router], pooler)
+        x = vector
+        if norm == 1:
+            x = x * torch.rsqrt(x.square().mean() + RMS_EPSILON)
+        if activation == 0:
+            x = rational(x, coef[router])
+        else:
+            x = torch.nn.functional.gelu(x) if activation == 1 else torch.relu(x)
+        p = torch.softmax(w_r[router, :num_experts] @ x, dim=0)
+
+        # Stable descending sort: among equals the lower index comes first.
+        kept = torch.zeros_like(p)
+        kept[p.detach().sort(descending=True, stable=True).indices[:top_k]] = 1
+        gate = p * kept
+        if gate_kind == 1:
+            gate = gate / gate.sum()
+        elif gate_kind == 2:
+            gate = kept + gate - gate.detach()
+        padding = (0, num_experts_max - num_experts)
+        probs.append(torch.nn.functional.pad(p, padding))
+        gates.append(torch.nn.functional.pad(gate, padding))
+        pooled.append(vector)
+    if not probs:
+        empty = w_r.new_zeros(0, num_experts_max)
+        return empty, empty.clone(), w_r.new_zeros(0, d)
+    return torch.stack(probs), torch.stack(gates), torch.stack(pooled)

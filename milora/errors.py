@@ -23,3 +23,7 @@ def suggestion(name: str, known: Iterable[str], limit: int = 3) -> str:
     """' Did you mean ...?' with the closest of `known`, or '' if none is close."""
     close = difflib.get_close_matches(name, sorted(set(known)), n=limit, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+class AdapterError(UserError, ValueError):
+    """An adapter's files are damaged, or do not fit the model; the model was not touched."""

@@ -1,0 +1,139 @@
+"""`generate` on an attached model: capture the prompt on entry, keep its route for the call.
+
+What `generate` is given says where the prompt ends; the forwards inside it no longer do. An
+all-ones mask becomes None, a static cache turns the mask 4-D, prompt lookup and assisted decoding
+append speculative tokens to the first forward, beams repeat rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from milora.prompts import PENDING, Pending
+from milora.route_cache import held_by
+from milora.routing import RoutingState
+
+if TYPE_CHECKING:
+    from milora.runtime import Runtime
+
+
+@dataclass
+class Slot:
+    """Where a `generate` without a cache keeps a route: one for the prompt's own forwards, one for
+    the unconditional branch of classifier-free guidance."""
+
+    state: RoutingState | None = None
+    pending: Pending | None = None
+
+
+@dataclass
+class Generation:
+    """One running `generate` call."""
+
+    num_prompts: int | None
+    length: int | None
+    adapters: list[str | None] | None
+    own: Slot = field(default_factory=Slot)
+    other: Slot = field(default_factory=Slot)
+    prepared: Tensor | None = None
+
+    def slot(self, input_ids: Tensor | None) -> Slot:
+        return self.own if input_ids is self.prepared else self.other
+
+
+class Replaced:
+    """A model's method with another body but its own signature.
+
+    transformers inspects signatures of `generate`'s helpers, and copies of the model must get a
+    method bound to the copy; a closure would give neither.
+    """
+
+    def __init__(self, original: Callable, body: Callable):
+        self.original = original
+        self.body = body
+        self.__name__ = original.__name__
+        self.__doc__ = original.__doc__
+        self.__signature__ = inspect.signature(original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(self.original, *args, **kwargs)
+
+
+class GenerateMethods:
+    """The bodies that stand in for `generate` and `prepare_inputs_for_generation`."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+
+    def generate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.runtime
+        adapters = kwargs.pop("adapter_names", None)
+        if runtime.local.disabled or (runtime.active is None and adapters is None):
+            return original(*args, **kwargs)
+        arguments = dict(zip(inspect.signature(original).parameters, args, strict=False))
+        arguments.update(kwargs)
+        self._refuse(arguments)
+        inputs = next(
+            (
+                arguments[key]
+                for key in ("inputs", "input_ids", "inputs_embeds")
+                if isinstance(arguments.get(key), Tensor)
+            ),
+            None,
+        )
+        # With embeddings, input_ids (if any) are what was generated before: the mask tells.
+        embeds = arguments.get("inputs_embeds")
+        inputs = embeds if isinstance(embeds, Tensor) else inputs
+        num_prompts, length = (None, None) if inputs is None else inputs.shape[:2]
+        previous = runtime.local.generation
+        runtime.local.generation = Generation(num_prompts, length, adapters)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            runtime.local.generation = previous
+
+    def _refuse(self, arguments: dict[str, Any]) -> None:
+        def option(name: str) -> Any:
+            given = arguments.get(name)
+            config = arguments.get("generation_config")
+            default = getattr(self.runtime.model, "generation_config", None)
+            return given or getattr(config, name, None) or getattr(default, name, None)
+
+        if (chunk := option("prefill_chunk_size")) and not self.runtime.local.pinned:
+            raise ValueError(
+                f"milora: prefill_chunk_size={chunk} cannot be exact with a prompt router: a block's "
+                "input depends on the routes of the blocks before it, which need the whole prompt. "
+                "Leave prefill_chunk_size unset, or pin a known route with milora.pin_route"
+            )
+        if option("cache_implementation") == "paged":
+            raise ValueError(
+                "milora: cache_implementation='paged' (continuous batching) packs several requests "
+                "into one row, whose routes cannot be told apart; use a padded batch"
+            )
+
+    def prepare_inputs(self, original: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Note the prompt's mask, while it is still 2-D, with the cache that the prefill fills."""
+        inputs = original(*args, **kwargs)
+        generation = self.runtime.local.generation
+        if generation is None or self.runtime.is_encoder_decoder:
+            return inputs
+        cache = kwargs.get("past_key_values")
+        generation.prepared = inputs.get("input_ids")
+        if cache is not None:
+            if held_by(cache) is None and not hasattr(cache, PENDING):
+                setattr(cache, PENDING, self._pending(generation, kwargs))
+            elif held_by(cache) is not None and hasattr(cache, PENDING):
+                delattr(cache, PENDING)
+        elif generation.own.pending is None:
+            generation.own.pending = self._pending(generation, kwargs)
+        return inputs
+
+    def _pending(self, generation: Generation, kwargs: dict[str, Any]) -> Pending:
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return Pending(mask, generation.length, generation.num_prompts)

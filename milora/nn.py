@@ -1,0 +1,316 @@
+"""`MiLoRALinear`: a linear module with the experts of any number of adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from milora import ops
+from milora.experts import ExpertSpec, ExpertWeights, get_kind
+from milora.router import keeps_unused_edges
+from milora.routing import Call
+
+ROW_BYTES = 16  # rows in a pool start at multiples of this: one vector load
+
+
+class Weight(nn.Module):
+    """One named tensor, so that its key reads `lora_A.<adapter>.weight` as PEFT's does."""
+
+    def __init__(self, weight: Tensor, trainable: bool):
+        super().__init__()
+        if trainable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight, persistent=False)
+
+
+class MiLoRALinear(nn.Module):
+    """y = base_layer(x) + gate · scale · B A x, with the gate of this expert on the prompt's route.
+
+    Stands where a linear module stood and passes its attributes through (`weight`, `bias`,
+    `in_features`, ...). It knows the current `Call` through `calls`, an object with an attribute
+    `call`.   [MiLoRA, eq. 1]
+
+    Args:
+        base_layer: the frozen linear module, of any class.
+        shape: (d_in, d_out) of `base_layer`.
+        block, column: this expert's place: index of its block, its column in the block's gates.
+        calls: where the current `Call` is found (a thread-local).
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, shape: tuple[int, int], block: int, column: int, calls
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.d_in, self.d_out = shape
+        self.block = block
+        self.column = column
+        self.specs: dict[str, ExpertSpec] = {}
+        self.kinds: dict[str, str] = {}
+        self._calls = calls
+        self._packs: dict[tuple, tuple[tuple, tuple[Tensor, ...]]] = {}
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def extra_repr(self) -> str:
+        experts = ", ".join(
+            f"{name}: {self.kinds[name]} rank {spec.rank}" for name, spec in self.specs.items()
+        )
+        return f"d_in={self.d_in}, d_out={self.d_out}, experts={{{experts}}}"
+
+    # ---- adapters -----------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        kind: str,
+        spec: ExpertSpec,
+        tensors: dict[str, Tensor] | None,
+        trainable: bool,
+    ) -> None:
+        """Add an expert; `tensors` None draws its initial values."""
+        expert = get_kind(kind)
+        device = self.device
+        frozen = expert.frozen(spec)
+        if tensors is None and device.type == "meta":
+            tensors = {k: torch.empty(shape) for k, shape in expert.tensors(spec).items()}
+        elif tensors is None:
+            tensors = expert.init(spec, self.dense_weight)
+        for group, is_trainable in ((tensors, True), (frozen, False)):
+            for key, tensor in group.items():
+                if key not in self._modules:
+                    self.add_module(key, nn.ModuleDict())
+                weight = Weight(tensor.to(device), is_trainable)
+                self._modules[key][name] = weight.requires_grad_(trainable)
+        self.specs[name] = spec
+        self.kinds[name] = kind
+        self._packs.clear()
+
+    def remove_adapter(self, name: str) -> None:
+        for key in [*get_kind(self.kinds[name]).tensors(self.specs[name]), *self._frozen(name)]:
+            del self._modules[key][name]
+            if not self._modules[key]:
+                del self._modules[key]
+        del self.specs[name], self.kinds[name]
+        self._packs.clear()
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The trainable tensors of one adapter's expert, by their names in the saved file."""
+        keys = get_kind(self.kinds[name]).tensors(self.specs[name])
+        return {key: self._modules[key][name].weight for key in keys}
+
+    def weights(self, name: str) -> ExpertWeights:
+        """(A, B, scale, output vector) of one adapter's expert, differentiable."""
+        expert = get_kind(self.kinds[name])
+        tensors = self.tensors(name)
+        return expert.materialise(tensors, self._frozen(name), self.specs[name], self.dense_weight)
+
+    def _frozen(self, name: str) -> dict[str, Tensor]:
+        trainable = get_kind(self.kinds[name]).tensors(self.specs[name])
+        return {
+            key: module[name].weight
+            for key, module in self._modules.items()
+            if key != "base_layer" and key not in trainable and name in module
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.base_layer.weight.device
+
+    def dense_weight(self) -> Tensor:
+        """The base weight as [d_out, d_in] in a floating dtype.
+
+        Raises:
+            TypeError: the base is quantized in a form that cannot be dequantized here.
+        """
+        weight = self.base_layer.weight
+        if hasattr(weight, "quant_state"):  # bitsandbytes 4 bit
+            import bitsandbytes
+
+            weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter):
+            weight = weight.dequantize()
+        if not weight.is_floating_point() or tuple(weight.shape) not in (
+            (self.d_out, self.d_in),
+            (self.d_in, self.d_out),
+        ):
+            raise TypeError(
+                f"milora: this expert kind needs the base weight, and {type(self.base_layer).__name__}"
+                f" with a {type(weight).__name__} of {weight.dtype} cannot be dequantized; use expert"
+                "='lora' on this base"
+            )
+        is_conv1d = not isinstance(self.base_layer, nn.Linear)
+        return weight.detach().T if is_conv1d else weight.detach()
+
+    # ---- forward ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        call = self._calls.call
+        if call is None:
+            return y
+        if torch.is_grad_enabled() or self.training:
+            return self._forward_train(call, x, y)
+        active = call.state.block_active[self.block]
+        if active is not None and not torch.compiler.is_compiling() and not active[self.column]:
+            return y
+        return self._forward_inference(call, x, y)
+
+    def _forward_inference(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
+        if not y.is_contiguous():
+            y = y.contiguous()
+        rows = y.view(-1, self.d_out)
+        pool, offsets, ranks, scales = self._pack(call, y)
+        ops.grouped_lora_(
+            [rows],
+            x.reshape(-1, self.d_in).to(y.dtype),
+            pool,
+            offsets,
+            ranks,
+            scales,
+            call.state.block_gates[self.block],
+            call.route_of(rows.shape[0]),
+            call.adapter_of,
+            [self.column],
+        )
+        return y
+
+    def _forward_train(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
+        self._packs.clear()  # the weights are about to change
+        names = [name for name in call.adapters if name in self.specs]
+        if not names:
+            return y
+        active = call.state.block_active[self.block]
+        if active is not None and not active[self.column]:
+            if keeps_unused_edges():
+                tensors = [t for name in names for t in self.tensors(name).values()]
+                return _ZeroGrads.apply(y, *tensors)
+            return y
+        # Gates of adapters without an expert here: their columns are zero, so any index serves.
+        index = {name: i for i, name in enumerate(names)}
+        adapter_of = call.adapter_of
+        if len(names) != len(call.adapters):
+            table = [index.get(name, -1) for name in call.adapters] + [-1]
+            adapter_of = torch.tensor(table, dtype=torch.int32, device=y.device)[adapter_of.long()]
+        experts = [self.weights(name) for name in names]
+        rows = y.reshape(-1, self.d_out)
+        x = x.reshape(-1, self.d_in).to(y.dtype)
+        dropout = max(self.specs[name].dropout for name in names)
+        if dropout and self.training:
+            x = nn.functional.dropout(x, dropout)
+        route_of = call.route_of(rows.shape[0])
+        gates = call.state.block_gates[self.block][:, self.column].contiguous()
+        out = ops.grouped_lora(
+            rows,
+            x,
+            [e.a.to(y.dtype) for e in experts],
+            [e.b.to(y.dtype) for e in experts],
+            [e.scale for e in experts],
+            gates,
+            route_of,
+            adapter_of,
+        )
+        if any(e.output is not None for e in experts):
+            out = out + self._output_vectors(experts, rows, gates, route_of, adapter_of)
+        return out.view(y.shape)
+
+    def _output_vectors(
+        self,
+        experts: list[ExpertWeights],
+        rows: Tensor,
+        gates: Tensor,
+        route_of: Tensor,
+        adapter_of: Tensor,
+    ) -> Tensor:
+        """gate · (c − 1) ⊙ (y − bias) of the experts that have an output vector (DoRA's)."""
+        zeros = rows.new_zeros(self.d_out)
+        table = torch.stack([zeros if e.output is None else e.output.to(rows.dtype) for e in experts])
+        gates = gates.to(rows.dtype) * (adapter_of >= 0)
+        per_route = gates[:, None] * table[adapter_of.clamp(min=0).long()]
+        bias = self.base_layer.bias
+        y = rows if bias is None else rows - bias.to(rows.dtype)
+        routes = per_route[route_of.clamp(min=0).long()] * (route_of >= 0)[:, None]
+        return routes * y
+
+    # ---- the packed form that inference reads --------------------------------------------------
+
+    def _pack(self, call: Call, y: Tensor) -> tuple[Tensor, ...]:
+        key = (call.adapters, y.dtype, y.device)
+        entry = self._packs.get(key)
+        if entry is not None and not call.fresh:
+            return entry[1]
+        if entry is None or entry[0] != self._versions(call.adapters):
+            entry = self._build_pack(call.adapters, y.dtype)
+            self._packs[key] = entry
+        return entry[1]
+
+    def _versions(self, adapters: tuple[str, ...]) -> tuple:
+        return tuple(
+            (tensor.data_ptr(), tensor._version)
+            for name in adapters
+            if name in self.specs
+            for tensor in self.tensors(name).values()
+        )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _build_pack(
+        self, adapters: tuple[str, ...], dtype: torch.dtype
+    ) -> tuple[tuple, tuple[Tensor, ...]]:
+        versions = self._versions(adapters)
+        runs: list[Tensor] = []
+        offsets, ranks, scales = [], [], []
+        end = 0
+
+        def place(rows: Tensor | None) -> int:
+            nonlocal end
+            if rows is None:
+                return -1
+            data = rows.contiguous().view(torch.uint8)
+            data = nn.functional.pad(data, (0, -data.shape[-1] % ROW_BYTES))
+            runs.append(data.flatten())
+            start, end = end, end + data.numel()
+            return start
+
+        for name in adapters:
+            if name not in self.specs:
+                offsets.append([0, 0, -1, -1])
+                ranks.append(0)
+                scales.append(0.0)
+                continue
+            expert = self.weights(name)
+            u = None if expert.output is None else expert.output.float()
+            bias = self.base_layer.bias
+            v = None if u is None else -u * (0.0 if bias is None else bias.float())
+            a, bt = expert.a.to(dtype), expert.b.T.to(dtype)
+            offsets.append([place(a), place(bt), place(u), place(v)])
+            ranks.append(a.shape[0])
+            scales.append(expert.scale)
+        device = self.device
+        pool = torch.cat(runs) if runs else torch.empty(0, dtype=torch.uint8, device=device)
+        return versions, (
+            pool,
+            torch.tensor(offsets, dtype=torch.int64, device=device).view(len(adapters), 1, 4),
+            torch.tensor(ranks, dtype=torch.int32, device=device).view(-1, 1),
+            torch.tensor(scales, dtype=torch.float32, device=device).view(-1, 1),
+        )
+
+
+class _ZeroGrads(torch.autograd.Function):
+    """Identity on y that gives `tensors` zero gradients, at no cost in the forward."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)

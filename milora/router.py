@@ -1,0 +1,183 @@
+"""The prompt router of one block, and the load-balance loss.   [MiLoRA, eq. 2 to 6 and 8]"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from milora import ops, rational
+from milora.config import ACTIVATIONS, GATES, POOLERS, ROUTER_NORMS, MiLoRAConfig
+
+NUM_COEFFICIENTS = 12
+
+
+class PromptRouter(nn.Module):
+    """Pool a prompt, activate, and choose the experts of one block.
+
+    Parameters (float32): `w_sa` [d] where the pooler is self_attention, `w_r` [num_experts, d], and
+    `theta` [12] = a_0..a_6, b_1..b_5 where the activation is rational. With `pooled_input` the
+    router reads vectors that another block has pooled and has no pooler of its own.
+
+    `w_sa` starts at zero: uniform attention, i.e. the mean. A random start would put all attention
+    on the few tokens with very large activations that real models have.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_experts: int,
+        config: MiLoRAConfig,
+        block: int,
+        *,
+        pooled_input: bool = False,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        pooler = "mean" if pooled_input else config.pooler
+        activation = config.activation_of(block)
+        weight = torch.empty(num_experts, d, device=device)
+        if weight.device.type != "meta":
+            weight = torch.empty(num_experts, d).normal_(0, d**-0.5, generator=generator).to(device)
+        self.w_r = nn.Parameter(weight)
+        if pooler == "self_attention":
+            self.w_sa = nn.Parameter(torch.zeros(d, device=device))
+        else:
+            self.register_parameter("w_sa", None)
+        if activation == "rational":
+            theta = torch.tensor(rational.fit(), dtype=torch.float32)
+            self.theta = nn.Parameter(
+                theta.to(device) if weight.device.type != "meta" else torch.empty_like(theta, device="meta")
+            )
+        else:
+            self.register_parameter("theta", None)
+        self.codes = (
+            POOLERS.index(pooler),
+            ACTIVATIONS.index(activation),
+            ROUTER_NORMS.index(config.router_norm),
+            GATES.index(config.gate),
+            min(config.top_k, num_experts),
+            num_experts,
+        )
+
+    def extra_repr(self) -> str:
+        pooler, activation, norm, gate, top_k, num_experts = self.codes
+        return (
+            f"num_experts={num_experts}, top_k={top_k}, pooler={POOLERS[pooler]}, "
+            f"activation={ACTIVATIONS[activation]}, norm={ROUTER_NORMS[norm]}, gate={GATES[gate]}"
+        )
+
+
+def route(
+    routers: list[PromptRouter], h: Tensor, spans: Tensor, router_of: Tensor, *, train_theta: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route each prompt with its own router in one launch.
+
+    Args:
+        routers: the distinct routers; all read the same d. Numbers of experts may differ.
+        h: [num_tokens, d], hidden states right before the block.
+        spans: [num_prompts, 2] int32, half-open token ranges of `h`.
+        router_of: [num_prompts] int32, index into `routers`; -1 leaves zeros.
+        train_theta: whether the rational coefficients get a gradient (bi-level: only on their own
+            batches; the other parameters then have requires_grad False).
+    Returns: probabilities and gates [num_prompts, N_max], pooled [num_prompts, d], float32.
+    """
+    n_max = max(router.codes[-1] for router in routers)
+    w_r = torch.stack([_pad_rows(router.w_r, n_max) for router in routers])
+    zeros = torch.zeros(h.shape[-1], device=h.device)
+    w_sa = torch.stack([zeros if router.w_sa is None else router.w_sa for router in routers])
+    coef = torch.stack([_coefficients(router, train_theta, h.device) for router in routers])
+    codes = _codes(tuple(router.codes for router in routers), h.device)
+    return ops.prompt_router(h, spans, router_of, w_sa, w_r, coef, codes)
+
+
+@lru_cache(maxsize=256)
+def _codes(codes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(codes, dtype=torch.int32, device=device)
+
+
+def _pad_rows(w_r: Tensor, rows: int) -> Tensor:
+    missing = rows - w_r.shape[0]
+    return w_r if missing == 0 else torch.cat([w_r, w_r.new_zeros(missing, w_r.shape[1])])
+
+
+def _coefficients(router: PromptRouter, train: bool, device: torch.device) -> Tensor:
+    if router.theta is None:
+        return torch.zeros(NUM_COEFFICIENTS, device=device)
+    if train:
+        return router.theta
+    if keeps_unused_edges() and router.theta.requires_grad:
+        return router.theta.detach() + 0.0 * router.theta
+    return router.theta.detach()
+
+
+def keeps_unused_edges() -> bool:
+    """Whether unused parameters must still receive a (zero) gradient.
+
+    DDP waits for a gradient of every parameter, and FSDP2's reduce-scatter hangs when ranks hold
+    gradients of different parameters. Both happen when ranks activate different experts.
+    """
+    return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+
+
+class BalanceWindow:
+    """The load-balance loss with f_i taken over a running window.   [MiLoRA, eq. 4 and 5]
+
+    L_lb = mean over blocks of N · Σ_i f_i · p̂_i, with p̂ the mean probability over this
+    micro-batch's prompts (differentiable) and f (detached) the share of prompts whose argmax is
+    expert i over at least `size` prompts: on a micro-batch of one, f would be one-hot and the loss
+    would only punish confidence. Counts are summed over data-parallel ranks; nothing here waits
+    for the device.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.steps: list[tuple[int, Tensor]] = []  # (prompts, counts of all blocks end to end)
+        self.widths: list[int] = []
+        self.last_loss: Tensor | None = None
+
+    def loss(self, probabilities: list[Tensor]) -> Tensor:
+        """[num_prompts, N_b] of each block -> scalar; adds this batch to the window."""
+        self.widths = [p.shape[1] for p in probabilities]
+        counts = torch.cat(
+            [torch.bincount(p.detach().argmax(-1), minlength=p.shape[1]) for p in probabilities]
+        )
+        num_prompts = probabilities[0].shape[0]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counts)
+            num_prompts *= dist.get_world_size()
+        self._push(num_prompts, counts)
+        per_block = [
+            p.shape[1] * (f.to(p) * p.mean(0)).sum()
+            for f, p in zip(self._shares(), probabilities, strict=True)
+        ]
+        loss = torch.stack(per_block).mean()
+        self.last_loss = loss.detach()
+        return loss
+
+    def _push(self, num_prompts: int, counts: Tensor) -> None:
+        self.steps.append((num_prompts, counts))
+        total = sum(prompts for prompts, _ in self.steps)
+        while total - self.steps[0][0] >= self.size:
+            total -= self.steps.pop(0)[0]
+
+    def _shares(self) -> list[Tensor]:
+        total = torch.stack([counts for _, counts in self.steps]).sum(0)
+        return [block / block.sum() for block in total.split(self.widths)]
+
+    def shares(self) -> list[list[float]]:
+        """f_i of each block over the window, a list per block; empty before the first batch."""
+        return [share.tolist() for share in self._shares()] if self.steps else []
+
+    def state_dict(self) -> dict:
+        return {
+            "widths": self.widths,
+            "steps": [[prompts, counts.tolist()] for prompts, counts in self.steps],
+        }
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.widths = [int(width) for width in state["widths"]]
+        self.steps = [(int(n), torch.tensor(c, device=device)) for n, c in state["steps"]]

@@ -65,13 +65,13 @@ def draw_training(metrics: Path, path: Path) -> None:
         metrics: the file that `MiLoRACallback` wrote.
         path: PNG file.
     """
-    header, lines = read_metrics(metrics)
+    experts, lines = read_metrics(metrics)
     routed = [line for line in lines if line.get("shares")]
     figure, axes = _figure(2 if routed else 1, 11.0 if routed else 6.0, 4.4)
     _draw_losses(axes[0], lines)
     if routed:
         shares = routed[-1]["shares"]
-        columns = max(header["experts"].values(), key=len)
+        columns = max(experts, key=len)
         width = len(columns)
         values = [[*row, *[0.0] * (width - len(row))] for row in shares]
         names = list(short_names(columns).values())

@@ -12,8 +12,10 @@ after the Ω step and its `zero_grad`, before a checkpoint of this step is writt
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,9 +86,17 @@ class BilevelTrainerMixin:
         self.activation_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self._activation_stream: BatchStream | None = None
         self._eval_sums: torch.Tensor | None = None
-        wanted = _wants_bilevel(self.model) if bilevel is None else bilevel
+        theta = milora.activation_parameters(self.model)
+        if bilevel and not theta:
+            raise ValueError(
+                "bilevel: True needs a router with the rational activation, and bilevel=True in "
+                "its MiLoRAConfig"
+            )
         # A router with GELU or ReLU, or a plain LoRA, has no Θ to train.
-        self.bilevel = wanted and bool(milora.activation_parameters(self.model))
+        self.bilevel = bool(theta) and bilevel is not False
+        # Ω's optimizer takes what asks for a gradient, and DDP waits for a gradient of each such.
+        for parameter in theta:
+            parameter.requires_grad_(False)
         if not any(isinstance(c, MiLoRACallback) for c in self.callback_handler.callbacks):
             # First, so that every reporter after it sees the balance loss in the logs.
             self.callback_handler.callbacks.insert(0, MiLoRACallback())
@@ -149,7 +159,7 @@ class BilevelTrainerMixin:
         parameters = milora.activation_parameters(self.model)
         batches = self._activation_stream.take(self.current_gradient_accumulation_steps)
         num_items = self._get_num_items_in_batch(batches, self.args.device)
-        with milora.activation_phase(self.model):
+        with _asking_for_gradients(parameters), milora.activation_phase(self.model):
             for inputs in batches:
                 self.training_step(self.model, inputs, num_items)
         # fp16: `training_step` scaled the loss, and only the Trainer's optimizer knows by how much.
@@ -267,8 +277,15 @@ class MiLoRATrainer(BilevelTrainerMixin, transformers.Trainer):
     """`transformers.Trainer` with bi-level training; arguments of both."""
 
 
-def _wants_bilevel(model) -> bool:
-    return any(config.bilevel for config in milora.adapters(model).values())
+@contextlib.contextmanager
+def _asking_for_gradients(parameters: list[torch.Tensor]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 def _average(parameters: list[torch.Tensor], scale: float) -> None:

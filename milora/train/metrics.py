@@ -23,8 +23,8 @@ class MiLoRACallback(TrainerCallback):
 
     The Trainer's logs get `balance_loss` and one `share/<expert>` per expert name, its share of
     the prompts as a mean over blocks: a number per expert *and* block would drown them. The file
-    has them all. Its first line is a header that names each block's experts; each other line is
-    one log of the Trainer, with `"shares": [[...], ...]` in that order.
+    has them all, as `"shares": [[...], ...]`, a list per block in the order of `"experts"`, which
+    stands in the first line with shares.
 
     Args:
         path: the metrics file; None is `metrics.jsonl` in the Trainer's output folder.
@@ -32,38 +32,36 @@ class MiLoRACallback(TrainerCallback):
 
     def __init__(self, path: str | os.PathLike | None = None):
         self.path = None if path is None else Path(path)
+        self._named = False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         if self.path is None:
             self.path = Path(args.output_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        share = milora.balance_report(model)["share"]
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "experts": {str(block): list(experts) for block, experts in share.items()},
-        }
-        # After a resume the lines past the checkpoint will be written again.
-        kept = [line for line in read_metrics(self.path)[1] if line["step"] <= state.global_step]
-        self._write([header, *kept] if state.global_step else [header], mode="w")
+        kept = []
+        if state.global_step:  # after a resume, the lines past the checkpoint will come again
+            kept = [line for line in read_metrics(self.path)[1] if line["step"] <= state.global_step]
+        self._named = any("experts" in line for line in kept)
+        self._write([{"format": FORMAT, "version": VERSION}, *kept], mode="w")
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if not logs or model is None or not state.is_world_process_zero or self.path is None:
             return
         line: dict[str, Any] = {"step": state.global_step, **logs}
-        if "loss" in logs:
-            report = milora.balance_report(model)
+        report = milora.balance_report(model)
+        if "loss" in logs and report["share"]:
             summary = {"balance_loss": round(report["balance_loss"], 6), **mean_shares(report)}
             logs.update(summary)
             if state.log_history:  # Trainer copied the logs before it called back
                 state.log_history[-1].update(summary)
             line["balance_loss"] = summary["balance_loss"]
-            line["shares"] = [
-                [round(share, 4) for share in experts.values()]
-                for experts in report["share"].values()
-            ]
+            blocks = report["share"].values()
+            line["shares"] = [[round(s, 4) for s in experts.values()] for experts in blocks]
+            if not self._named:
+                line["experts"] = [list(experts) for experts in blocks]
+                self._named = True
         self._write([line], mode="a")
 
     def _write(self, lines: list[dict], mode: str) -> None:
@@ -87,19 +85,19 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return {path: name if count[name] == 1 else path for path, name in last.items()}
 
 
-def read_metrics(path: str | os.PathLike) -> tuple[dict, list[dict]]:
-    """Read a metrics file: its header and its lines; ({}, []) if it does not exist.
+def read_metrics(path: str | os.PathLike) -> tuple[list[list[str]], list[dict]]:
+    """Read a metrics file: the experts' names per block, and its lines; empty if there is none.
 
     Raises:
-        ValueError: the file has no header of this format and version.
+        ValueError: the file does not begin with this format and version.
     """
     path = Path(path)
     if not path.is_file():
-        return {}, []
+        return [], []
     header, *lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] or [{}]
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise ValueError(
             f"read_metrics: {path} must begin with format {FORMAT} version {VERSION}, got "
             f"{header.get('format')} version {header.get('version')}"
         )
-    return header, lines
+    return next((line["experts"] for line in lines if "experts" in line), []), lines

@@ -1,0 +1,85 @@
+"""Prompts on the command line: `--prompt`, `--prompts FILE` or standard input, as token ids."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from milora.data import Encoder, Example, read_prompts
+from milora.errors import UserError
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="JSONL, a line: prompt, or messages (chat)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="each --prompt is a user's chat message"
+    )
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja chat template that replaces the tokenizer's"
+    )
+
+
+def read_given_prompts(namespace: argparse.Namespace, *, stdin: bool = False) -> list[Example]:
+    """The prompts that the options name; with `stdin`, its text where the options name none.
+
+    Raises:
+        UserError: none at all, or a file that cannot be read.
+    """
+    prompts = [_example(text, namespace.chat, "--prompt") for text in namespace.prompt or []]
+    if namespace.prompts:
+        prompts += read_prompts(namespace.prompts)
+    if not prompts and stdin and not sys.stdin.isatty():
+        prompts = [_example(sys.stdin.read(), namespace.chat, "standard input")]
+    return prompts
+
+
+def _example(text: str, chat: bool, where: str) -> Example:
+    if not text.strip():
+        raise UserError(f"{where}: the prompt is empty")
+    return Example(({"role": "user", "content": text},) if chat else text, "", where)
+
+
+def make_encoder(namespace: argparse.Namespace, tokenizer) -> Encoder:
+    """An encoder with the chat template that the options name.
+
+    Raises:
+        UserError: the template cannot be read.
+    """
+    template = None
+    if namespace.chat_template:
+        try:
+            template = Path(namespace.chat_template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --chat-template: {error}") from None
+    return Encoder(tokenizer, template)
+
+
+def text_of(example: Example) -> str:
+    """The prompt as one line of text, for results."""
+    return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+
+
+def batches(prompts: Sequence[list[int]], size: int, pad: int) -> Iterator[tuple[list[int], dict]]:
+    """Batches of prompts of like length, padded on the left as `generate` wants it.
+
+    Yields: the prompts' places in the input; {"input_ids", "attention_mask"} [rows, length] int64.
+    """
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        length = max(len(prompts[i]) for i in places)
+        ids = torch.full((len(places), length), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(places):
+            ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, length - len(prompts[i]) :] = 1
+        yield places, {"input_ids": ids, "attention_mask": mask}

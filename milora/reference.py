@@ -27,6 +27,42 @@ def read_pool(pool: Tensor, offset: int, rank: int, d: int, dtype: torch.dtype) 
     return pool[offset : offset + size].view(dtype).view(rank, stride)[:, :d]
 
 
+def pack_pool(
+    adapters: Sequence[Sequence[dict[str, Tensor] | None]], fill: int = 0xFF
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay experts out as `milora.ops.grouped_lora_` reads them.
+
+    Args:
+        adapters: [num_adapters][num_slices] of None (no expert) or a dict with `a` [rank, d_in],
+            `bt` [rank, d_out] and, for an output vector, `u` and `v` [d_out] float32.
+        fill: byte of the padding; 0xFF makes it NaN in every dtype.
+    Returns: pool uint8, offsets int64 [num_adapters, num_slices, 4], ranks int32
+        [num_adapters, num_slices].
+    """
+    num_slices = len(adapters[0]) if adapters else 0
+    offsets = torch.full((len(adapters), num_slices, 4), -1, dtype=torch.int64)
+    ranks = torch.zeros(len(adapters), num_slices, dtype=torch.int32)
+    blocks, size = [], 0
+    for i, slices in enumerate(adapters):
+        for s, expert in enumerate(slices):
+            if expert is None:
+                continue
+            ranks[i, s] = expert["a"].shape[0]
+            for column, name in enumerate(("a", "bt", "u", "v")):
+                if name not in expert:
+                    continue
+                matrix = expert[name] if expert[name].dim() == 2 else expert[name][None]
+                rows, d = matrix.shape
+                stride = pool_row_stride(d, matrix.dtype) * matrix.dtype.itemsize
+                block = torch.full((rows, stride), fill, dtype=torch.uint8)
+                block[:, : d * matrix.dtype.itemsize] = matrix.contiguous().view(torch.uint8)
+                offsets[i, s, column] = size
+                blocks.append(block.flatten())
+                size += rows * stride
+    pool = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.uint8)
+    return pool, offsets, ranks
+
+
 def grouped_lora_(
     y: list[Tensor],
     x: Tensor,

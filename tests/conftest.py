@@ -1,0 +1,36 @@
+"""What every test shares: a fixed seed, two threads, and the device and instruction-set axes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from milora import _build
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> str:
+    """cpu, and cuda where there is one and the library was built for it."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU on this machine")
+        if not _build.build_info()["cuda"]:
+            pytest.skip("milora was built without CUDA")
+    return request.param
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request) -> str:
+    """Each instruction set of the CPU kernels; the choice is undone after the test."""
+    if request.param not in _build.cpu_isas():
+        pytest.skip(f"this CPU cannot run {request.param}")
+    before = _build.cpu_isa()
+    _build.set_cpu_isa(request.param)
+    yield request.param
+    _build.set_cpu_isa(before)

@@ -18,7 +18,10 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 # name -> (module with add_arguments(parser) and run(namespace) -> int, one line of help)
 COMMANDS = {
-    "demo": ("milora.demo", "train and compare on text that ships with Python, in minutes, on a CPU"),
+    "demo": (
+        "milora.demo",
+        "train and compare on text that ships with Python, in minutes, on a CPU",
+    ),
     "train": ("milora.cli.train", "fine-tune a model on a JSONL file"),
     "generate": ("milora.cli.generate", "answer prompts with a trained adapter"),
     "inspect": ("milora.cli.inspect", "show an adapter's size, and draw where prompts are routed"),

@@ -61,9 +61,7 @@ def run(namespace: argparse.Namespace) -> int:
 
     manager = TaskManager(include_path=namespace.include_path)
     tasks = _known_tasks(namespace.tasks, manager)
-    harness = MiLoRALM(
-        model, tokenizer, batch_size=batch_size, max_length=namespace.max_length
-    )
+    harness = MiLoRALM(model, tokenizer, batch_size=batch_size, max_length=namespace.max_length)
     try:
         report = lm_eval.simple_evaluate(
             model=harness,

@@ -1,4 +1,4 @@
-"""`milora export`: one prompt's route as an ordinary PEFT adapter, for engines that do not route."""
+"""`milora export`: one prompt's route as an ordinary PEFT adapter, for engines without a router."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from pathlib import Path
 
 from milora.cli.console import add_json_option, check_writable_folder, note, write_json
 from milora.cli.models import add_model_options, load_adapter, load_model, user_errors
-from milora.cli.prompts import add_prompt_options, make_encoder, read_given_prompts
+from milora.cli.prompts import (
+    add_prompt_options,
+    make_encoder,
+    read_given_prompts,
+    route_of_prompts,
+)
 from milora.errors import UserError
 
-EPILOG = """A route that is fixed is exactly an ordinary LoRA (a DoRA with DoRA experts): the gates go
-into its weights, and modules that are off are left out. It answers other prompts with this
-prompt's route, so choose a prompt that stands for the use.
+EPILOG = """A route that is fixed is exactly an ordinary LoRA (a DoRA with DoRA experts): the gates
+go into its weights, and modules that are off are left out. It answers other prompts with
+this prompt's route, so choose a prompt that stands for the use.
 
 examples:
   milora export ./adapter --model ./llama --prompt "Translate: " --output ./lora
@@ -57,20 +62,3 @@ def run(namespace: argparse.Namespace) -> int:
     note(f"{sum(map(len, experts.values()))} modules written to {output}")
     write_json(namespace.json, {"output": str(output), "experts": experts})
     return 0
-
-
-def route_of_prompts(model, prompts: list[list[int]], pad: int, batch_size: int = 8) -> list:
-    """The route of each prompt, in order: [RoutingState of one prompt, ...]."""
-    import torch
-
-    import milora
-    from milora.cli.prompts import batches
-
-    routes: list = [None] * len(prompts)
-    for places, batch in batches(prompts, batch_size, pad):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with torch.no_grad(), milora.record_routing(model) as states:
-            model(**batch, use_cache=True)
-        for row, place in enumerate(places):
-            routes[place] = states[0].select(row)
-    return routes

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)"
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1")
-    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search (default: 1)")
+    parser.add_argument(
+        "--beams", type=int, default=1, metavar="N", help="beam search (default: 1)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from milora.errors import UserError
@@ -13,7 +14,7 @@ BYTES_PER_TRAINED_PARAMETER = 16
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a new tensor could take on `device`: of the GPU, or of this machine or container."""
+    """Memory that new tensors could take on `device`: of the GPU, the machine or the container."""
     if device.startswith("cuda"):
         import torch
 
@@ -21,10 +22,9 @@ def free_bytes(device: str) -> int:
     import psutil
 
     free = psutil.virtual_memory().available
-    try:
+    # Without a container, or where its limit is "max", the machine's own number holds.
+    with contextlib.suppress(OSError, ValueError):
         free = min(free, int(CGROUP_LIMIT.read_text()) - int(CGROUP_USED.read_text()))
-    except (OSError, ValueError):  # no container, or "max": the machine's own number holds
-        pass
     return free
 
 

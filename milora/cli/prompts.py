@@ -16,7 +16,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times"
     )
     parser.add_argument(
-        "--prompts", metavar="FILE", help="JSONL, a line: prompt, or messages (chat)"
+        "--prompts",
+        action="append",
+        metavar="FILE",
+        help="JSONL, a line: prompt, or messages (chat); may be given several times",
     )
     parser.add_argument(
         "--chat", action="store_true", help="each --prompt is a user's chat message"
@@ -26,15 +29,26 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_given_prompts(namespace: argparse.Namespace, *, stdin: bool = False) -> list[Example]:
-    """The prompts that the options name; with `stdin`, its text where the options name none.
+def read_prompt_groups(namespace: argparse.Namespace) -> dict[str, list[Example]]:
+    """The prompts of `--prompt` together, and those of each `--prompts` file, by a short name.
 
     Raises:
-        UserError: none at all, or a file that cannot be read.
+        UserError: a file that cannot be read.
     """
-    prompts = [_example(text, namespace.chat, "--prompt") for text in namespace.prompt or []]
-    if namespace.prompts:
-        prompts += read_prompts(namespace.prompts)
+    groups = {}
+    if namespace.prompt:
+        groups["--prompt"] = [
+            _example(text, namespace.chat, "--prompt") for text in namespace.prompt
+        ]
+    for file in namespace.prompts or []:
+        name = Path(file).stem
+        groups[file if name in groups else name] = read_prompts(file)
+    return groups
+
+
+def read_given_prompts(namespace: argparse.Namespace, *, stdin: bool = False) -> list[Example]:
+    """All the prompts that the options name; with `stdin`, its text where they name none."""
+    prompts = [example for group in read_prompt_groups(namespace).values() for example in group]
     if not prompts and stdin and not sys.stdin.isatty():
         prompts = [_example(sys.stdin.read(), namespace.chat, "standard input")]
     return prompts
@@ -64,6 +78,22 @@ def make_encoder(namespace: argparse.Namespace, tokenizer) -> Encoder:
 def text_of(example: Example) -> str:
     """The prompt as one line of text, for results."""
     return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+
+
+def route_of_prompts(model, prompts: list[list[int]], pad: int, batch_size: int = 8) -> list:
+    """The route of each prompt, in order: [RoutingState of one prompt, ...]."""
+    import torch
+
+    import milora
+
+    routes: list = [None] * len(prompts)
+    for places, batch in batches(prompts, batch_size, pad):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.no_grad(), milora.record_routing(model) as states:
+            model(**batch, use_cache=True)
+        for row, place in enumerate(places):
+            routes[place] = states[0].select(row)
+    return routes
 
 
 def batches(prompts: Sequence[list[int]], size: int, pad: int) -> Iterator[tuple[list[int], dict]]:

@@ -201,7 +201,7 @@ def _training_arguments(model, options: TrainOptions, *, has_dev: bool):
     extra: dict[str, Any] = {}
     if options.gradient_checkpointing:
         # transformers 5.23 renamed it, and 5.17 knows the old name only.
-        names = {field for field in transformers.TrainingArguments.__dataclass_fields__}
+        names = transformers.TrainingArguments.__dataclass_fields__
         new = "activation_checkpointing" in names
         extra["activation_checkpointing" if new else "gradient_checkpointing"] = True
     if has_dev:

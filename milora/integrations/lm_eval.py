@@ -78,7 +78,9 @@ class MiLoRALM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs=None
     ) -> list[tuple[float, bool]]:
-        requests = [(text, self._cut(context, answer), answer) for text, context, answer in requests]
+        requests = [
+            (text, self._cut(context, answer), answer) for text, context, answer in requests
+        ]
         # HFLM sorts its rows by this same key, and Python's sort keeps the order of equal keys.
         order = sorted(requests, key=lambda r: (-len(r[1]) - len(r[2]), (*r[1], *r[2])))
         with self._expecting(order):

@@ -23,7 +23,7 @@ class InterruptCallback(TrainerCallback, AbstractContextManager):
         self._previous: dict[int, object] = {}
 
     def __enter__(self):
-        # Python delivers signals to the main thread only; elsewhere the owner of the thread decides.
+        # Python delivers signals to the main thread only; no other thread may set a handler.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)

@@ -42,7 +42,9 @@ class MiLoRACallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if state.global_step:  # after a resume, the lines past the checkpoint will come again
-            kept = [line for line in read_metrics(self.path)[1] if line["step"] <= state.global_step]
+            kept = [
+                line for line in read_metrics(self.path)[1] if line["step"] <= state.global_step
+            ]
         self._named = any("experts" in line for line in kept)
         self._write([{"format": FORMAT, "version": VERSION}, *kept], mode="w")
 

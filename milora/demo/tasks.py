@@ -1,0 +1,157 @@
+"""Four tasks made from the corpus: continue, topic, blank, identifiers.
+
+Each example is a window of about 40 words of one topic, an instruction, and a short answer that
+can be checked by exact match.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from milora.data import Example
+
+_WINDOW_WORDS = 40
+_SHORTEST_WINDOW = 24
+_CONTINUE_WORDS = 4
+_MOST_IDENTIFIERS = 3
+TOPIC_CHOICES = 4  # a guess names the right topic in one case of four
+_BLANK = "____"
+
+_QUOTED = re.compile(r'"([A-Za-z_][A-Za-z0-9_.]*(?:\(\))?)"')
+_PLAIN_WORD = re.compile(r"[A-Za-z]{4,}")
+# A topic's name is several words ("attribute-access"); a plural or "types" prefix still counts.
+_NAME_PART = re.compile(r"[a-z]+")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of words of one topic; `choices` are the topic names of its split."""
+
+    topic: str
+    words: tuple[str, ...]
+    choices: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+@dataclass(frozen=True)
+class Task:
+    """`make(window, rng)` gives (passage, answer), or None where the window does not suit."""
+
+    name: str
+    instruction: str
+    make: Callable[[Window, random.Random], tuple[str, str] | None]
+
+    def example(self, window: Window, rng: random.Random) -> Example | None:
+        made = self.make(window, rng)
+        if made is None:
+            return None
+        passage, answer = made
+        prompt = f"{self.instruction}\n{passage}\n{self.name.capitalize()}:"
+        return Example(prompt=prompt, completion=f" {answer}", where=window.topic)
+
+
+def _continue(window: Window, rng: random.Random) -> tuple[str, str] | None:
+    cut = len(window.words) - _CONTINUE_WORDS
+    return " ".join(window.words[:cut]), " ".join(window.words[cut:])
+
+
+def _topic(window: Window, rng: random.Random) -> tuple[str, str] | None:
+    # Many windows of "formatstrings" never speak of formats. Ask only where the text can tell.
+    parts = [part for part in _NAME_PART.findall(window.topic) if len(part) > 1]
+    lowered = window.text.lower()
+    if not any(re.search(rf"\b{part.rstrip('s')}", lowered) for part in parts):
+        return None
+    others = [name for name in window.choices if name != window.topic]
+    names = [window.topic, *rng.sample(others, TOPIC_CHOICES - 1)]
+    rng.shuffle(names)
+    return f"{window.text}\nOne of: {', '.join(names)}", window.topic
+
+
+def _blank(window: Window, rng: random.Random) -> tuple[str, str] | None:
+    """Blank a word that the passage uses elsewhere too, so that a reader can find it."""
+    plain = [word.strip(".,;:()") for word in window.words]
+    places = [
+        i for i, word in enumerate(plain) if _PLAIN_WORD.fullmatch(word) and plain.count(word) > 1
+    ]
+    if not places:
+        return None
+    place = rng.choice(places)
+    words = list(window.words)
+    words[place] = words[place].replace(plain[place], _BLANK)
+    return " ".join(words), plain[place]
+
+
+def _identifiers(window: Window, rng: random.Random) -> tuple[str, str] | None:
+    found = list(dict.fromkeys(_QUOTED.findall(window.text)))
+    if not 1 <= len(found) <= _MOST_IDENTIFIERS:
+        return None
+    return window.text, ", ".join(found)
+
+
+TASKS = (
+    Task("continue", "Continue the passage.", _continue),
+    Task("topic", "Name the topic of the passage.", _topic),
+    Task("blank", "Fill in the blank.", _blank),
+    Task("identifiers", "List the code identifiers.", _identifiers),
+)
+
+
+def training_examples(
+    paragraphs: dict[str, list[str]], per_task: int, seed: int
+) -> list[tuple[str, Example]]:
+    """`per_task` examples of every task from windows at random places, shuffled together.
+
+    Returns: (task name, example) pairs.
+    """
+    rng = random.Random(seed)
+    words = _words_by_topic(paragraphs)
+    topics = tuple(words)
+    sizes = [len(words[topic]) for topic in topics]
+    examples = []
+    for task in TASKS:
+        made = 0
+        while made < per_task:
+            topic = rng.choices(topics, sizes)[0]
+            start = rng.randrange(max(1, len(words[topic]) - _WINDOW_WORDS + 1))
+            window = Window(topic, words[topic][start : start + _WINDOW_WORDS], topics)
+            if (example := task.example(window, rng)) is not None:
+                examples.append((task.name, example))
+                made += 1
+    rng.shuffle(examples)
+    return examples
+
+
+def held_out_examples(
+    paragraphs: dict[str, list[str]], per_task: int, seed: int
+) -> list[tuple[str, Example]]:
+    """Up to `per_task` examples of every task from windows that do not overlap.
+
+    Returns: (task name, example) pairs, task by task.
+    """
+    words = _words_by_topic(paragraphs)
+    topics = tuple(words)
+    windows = [
+        Window(topic, words[topic][start : start + _WINDOW_WORDS], topics)
+        for topic in topics
+        for start in range(0, len(words[topic]) - _SHORTEST_WINDOW + 1, _WINDOW_WORDS)
+    ]
+    examples = []
+    for number, task in enumerate(TASKS):
+        rng = random.Random(f"{seed}/{number}")
+        made = [task.example(window, rng) for window in rng.sample(windows, len(windows))]
+        suitable = [example for example in made if example is not None]
+        examples += [(task.name, example) for example in suitable[:per_task]]
+    return examples
+
+
+def _words_by_topic(paragraphs: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    """The words of each topic that has at least one window, without grammar rules and tables."""
+    words = {
+        topic: tuple(" ".join(t for t in texts if "::=" not in t and "+--" not in t).split())
+        for topic, texts in paragraphs.items()
+    }
+    return {topic: run for topic, run in words.items() if len(run) >= _SHORTEST_WINDOW}

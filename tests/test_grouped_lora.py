@@ -85,18 +85,18 @@ def pool_inputs(case: Case, dtype: torch.dtype) -> dict:
     )
     route_of, adapter_of = routes(case)
     num_slices = len(case.d_out)
-    return dict(
-        y=[rows(case.num_tokens, d, dtype, case.strided) for d in case.d_out],
-        x=rows(case.num_tokens, case.d_in, dtype, case.strided),
-        pool=pool,
-        offsets=offsets,
-        ranks=ranks,
-        scales=torch.rand(len(case.ranks), num_slices) + 0.5,
-        gates=torch.rand(len(case.adapter_of), num_slices + 1) + 0.1,
-        route_of=route_of,
-        adapter_of=adapter_of,
-        experts=list(range(num_slices, 0, -1)),
-    )
+    return {
+        "y": [rows(case.num_tokens, d, dtype, case.strided) for d in case.d_out],
+        "x": rows(case.num_tokens, case.d_in, dtype, case.strided),
+        "pool": pool,
+        "offsets": offsets,
+        "ranks": ranks,
+        "scales": torch.rand(len(case.ranks), num_slices) + 0.5,
+        "gates": torch.rand(len(case.adapter_of), num_slices + 1) + 0.1,
+        "route_of": route_of,
+        "adapter_of": adapter_of,
+        "experts": list(range(num_slices, 0, -1)),
+    }
 
 
 def to_device(inputs: dict, device: str) -> dict:
@@ -315,9 +315,7 @@ def test_reference_gradcheck():
     leaves = [t.double().requires_grad_() for t in leaves]
 
     def function(y, x, gates, a0, a1, b0, b1):
-        return reference.grouped_lora(
-            y, x, [a0, a1], [b0, b1], scales, gates, route_of, adapter_of
-        )
+        return reference.grouped_lora(y, x, [a0, a1], [b0, b1], scales, gates, route_of, adapter_of)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -359,10 +357,19 @@ POOL_ERRORS = [
     ({"route_of": torch.zeros(7, dtype=torch.int64)}, "route_of must be Int, got Long"),
     ({"route_of": torch.full((7,), 9, dtype=torch.int32)}, r"route_of must be in \[-1, 2\), got 9"),
     ({"adapter_of": torch.tensor([0, 5], dtype=torch.int32)}, "adapter_of must be in .* got 5"),
-    ({"ranks": torch.full((2, 2), 257, dtype=torch.int32)}, r"ranks must be in \[0, 256\], got 257"),
+    (
+        {"ranks": torch.full((2, 2), 257, dtype=torch.int32)},
+        r"ranks must be in \[0, 256\], got 257",
+    ),
     ({"ranks": torch.full((2, 2), 200, dtype=torch.int32)}, "offsets must place .* got"),
-    ({"offsets": torch.full((2, 2, 4), 8)}, "offsets must place A of adapter 0, slice 0 on 16 bytes"),
-    ({"scales": torch.ones(2)}, r"scales must be \[num_adapters, num_slices\] = \[2, 2\], got \[2\]"),
+    (
+        {"offsets": torch.full((2, 2, 4), 8)},
+        "offsets must place A of adapter 0, slice 0 on 16 bytes",
+    ),
+    (
+        {"scales": torch.ones(2)},
+        r"scales must be \[num_adapters, num_slices\] = \[2, 2\], got \[2\]",
+    ),
 ]
 
 
@@ -380,7 +387,9 @@ def test_train_errors():
     def call(a=(a0, a1), b=(b0, b1), scales=scales, gates=gates):
         ops.grouped_lora(y, x, a, b, scales, gates, route_of, adapter_of)
 
-    with pytest.raises(RuntimeError, match=r"^grouped_lora: b must be \[d_out, rank\] = \[100, 3\]"):
+    with pytest.raises(
+        RuntimeError, match=r"^grouped_lora: b must be \[d_out, rank\] = \[100, 3\]"
+    ):
         call(b=(b1, b0))
     with pytest.raises(RuntimeError, match="a, b and scales must have one entry per adapter"):
         call(scales=[1.0])

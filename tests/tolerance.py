@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Roundings of the largest value that are always allowed: the kernel sums in another order.
-ROUNDINGS = 4
+ROUNDINGS = 8
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -53,9 +53,9 @@ def uniform(shape: tuple[int, ...], seed: int, stream: int = 0) -> Tensor:
     Returns: float64 on the CPU; each value is an odd integer over 2²⁴, exact in float32 too.
     """
     size = math.prod(shape)
-    out = torch.empty(-(-size // 4), 4, dtype=torch.float64)
+    out = torch.empty(-(-size // 4), 4, dtype=torch.float64, device="cpu")
     for begin in range(0, len(out), _CHUNK):
-        index = torch.arange(begin, min(begin + _CHUNK, len(out)))
+        index = torch.arange(begin, min(begin + _CHUNK, len(out)), device="cpu")
         zero = torch.zeros_like(index)
         counter = [index & _MASK, index >> 32, zero + stream, zero]
         words = philox(counter, (seed & _MASK, seed >> 32))

@@ -166,6 +166,15 @@ def kaiming_uniform(num_rows: int, fan_in: int, seed: int) -> Tensor:
 
     The bound √(6 / ((1 + a²) fan_in)) is then 1 / √fan_in.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     bound = 1.0 / math.sqrt(fan_in)
-    return torch.empty(num_rows, fan_in).uniform_(-bound, bound, generator=generator)
+    values = torch.empty(num_rows, fan_in, dtype=torch.float32, device="cpu")
+    return values.uniform_(-bound, bound, generator=generator)
+
+
+def zeros(*shape: int) -> Tensor:
+    """float32 zeros on the CPU, whatever dtype and device are torch's defaults at the moment.
+
+    While a model is being loaded the defaults are its own: bf16, or the meta device.
+    """
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")

@@ -32,7 +32,7 @@ class Dora(Lora):
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
         tensors = super().init(spec)
         norm = row_norm(self.base_weight(spec, weight))
-        return {**tensors, "lora_magnitude_vector": norm.cpu()}
+        return {**tensors, "lora_magnitude_vector": norm.float().cpu()}
 
     def materialise(
         self,
@@ -42,10 +42,11 @@ class Dora(Lora):
         weight: WeightSource | None = None,
     ) -> ExpertWeights:
         """Like `Lora`, times c. The norm in c is a constant for autograd (DoRA, section 4.3)."""
-        a, b = tensors["lora_A"], tensors["lora_B"]
-        norm = row_norm(self.base_weight(spec, weight), a, b, spec.scale)
+        a, b, m = tensors["lora_A"], tensors["lora_B"], tensors["lora_magnitude_vector"]
+        # Rounded as m was, so that c starts as 1 exactly on a float64 base too.
+        norm = row_norm(self.base_weight(spec, weight), a, b, spec.scale).to(m.dtype)
         # A row of W that is 0 (pruned) has m = 0 too: c = 0 keeps it, where 0 / 0 would give NaN.
-        c = tensors["lora_magnitude_vector"] / norm.where(norm > 0, 1.0)
+        c = m / norm.where(norm > 0, 1.0)
         return ExpertWeights(a, c[:, None] * b, spec.scale, c - 1.0)
 
 

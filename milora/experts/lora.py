@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from milora.experts.base import (
@@ -11,6 +10,7 @@ from milora.experts.base import (
     ExpertWeights,
     WeightSource,
     kaiming_uniform,
+    zeros,
 )
 
 
@@ -25,7 +25,7 @@ class Lora(ExpertKind):
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
         return {
             "lora_A": kaiming_uniform(spec.rank, spec.d_in, spec.seed),
-            "lora_B": torch.zeros(spec.d_out, spec.rank),
+            "lora_B": zeros(spec.d_out, spec.rank),
         }
 
     def materialise(

@@ -20,7 +20,6 @@ import hashlib
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from milora.experts.base import (
@@ -29,6 +28,7 @@ from milora.experts.base import (
     ExpertWeights,
     WeightSource,
     kaiming_uniform,
+    zeros,
 )
 from milora.random import uniform
 
@@ -53,7 +53,7 @@ class LoraMini(ExpertKind):
         shapes = self.tensors(spec)
         return {
             "lora_mini_A": kaiming_uniform(*shapes["lora_mini_A"], spec.seed),
-            "lora_mini_B": torch.zeros(shapes["lora_mini_B"]),
+            "lora_mini_B": zeros(*shapes["lora_mini_B"]),
         }
 
     def frozen(self, spec: ExpertSpec) -> dict[str, Tensor]:

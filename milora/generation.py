@@ -125,10 +125,8 @@ class GenerateMethods:
         cache = kwargs.get("past_key_values")
         generation.prepared = inputs.get("input_ids")
         if cache is not None:
-            if held_by(cache) is None and not hasattr(cache, PENDING):
+            if held_by(cache) is None:
                 setattr(cache, PENDING, self._pending(generation, kwargs))
-            elif held_by(cache) is not None and hasattr(cache, PENDING):
-                delattr(cache, PENDING)
         elif generation.own.pending is None:
             generation.own.pending = self._pending(generation, kwargs)
         return inputs

@@ -124,6 +124,7 @@ class Runtime:
             cache = call.cache if call.cache is not None else _get(output, "past_key_values")
             if cache is not None:
                 follow_cache(cache, state.detached())
+                cache.__dict__.pop(prompts.PENDING, None)
             if self.is_encoder_decoder and module is not self.model and hasattr(output, "keys"):
                 setattr(output, ROUTE, state)
             if state.complete:

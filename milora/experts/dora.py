@@ -58,8 +58,8 @@ def row_norm(
 
     The sum W + scale B A is formed, in float32 (float64 for a float64 W) and a band of rows at a
     time. Expanding the square instead would cancel where the update opposes W. Squares are summed
-    in float64, so the float32 result does not depend on the order of summation, that is on the
-    device or the thread count: a fresh m / norm is 1 exactly, also after a move to a GPU.
+    in float64: the order of summation, that is the device or the thread count, then changes the
+    float32 result only next to a tie in its rounding, so a fresh m / norm is 1 on either device.
 
     Args:
         weight: [d_out, d_in], any float dtype.  a: [rank, d_in].  b: [d_out, rank].

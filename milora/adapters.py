@@ -184,7 +184,9 @@ def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """What `adapter_config.json` says of an adapter, but for the sum of its weights."""
     runtime = runtime_of(model)
     if adapter_name not in runtime.configs:
-        raise ValueError(f"milora: no adapter {adapter_name!r}; there are {sorted(runtime.configs)}")
+        raise ValueError(
+            f"milora: no adapter {adapter_name!r}; there are {sorted(runtime.configs)}"
+        )
     config = runtime.configs[adapter_name]
     checksums = {
         f"{runtime.blocks[linear.block].path}.{runtime.blocks[linear.block].experts[linear.column]}": s
@@ -268,18 +270,20 @@ def _problems(
         here = {block.path: list(block.experts) for block in blocks}
         if named != here:
             differing = sorted(set(named) ^ set(here)) or [p for p in here if named[p] != here[p]]
-            problems.append(f"its experts are other modules than this model's, e.g. {differing[:3]}")
+            problems.append(
+                f"its experts are other modules than this model's, e.g. {differing[:3]}"
+            )
     expected = expected_shapes(model, config, blocks)
     problems += [f"missing tensor {key}" for key in sorted(set(expected) - set(tensors))]
     problems += [f"unknown tensor {key}" for key in sorted(set(tensors) - set(expected))]
     for key in sorted(set(tensors) & set(expected)):
         tensor = tensors[key]
         if tuple(tensor.shape) != expected[key]:
-            problems.append(
-                f"{key}: shape must be {list(expected[key])}, got {list(tensor.shape)}"
-            )
+            problems.append(f"{key}: shape must be {list(expected[key])}, got {list(tensor.shape)}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            problems.append(f"{key}: dtype must be float32, bfloat16 or float16, got {tensor.dtype}")
+            problems.append(
+                f"{key}: dtype must be float32, bfloat16 or float16, got {tensor.dtype}"
+            )
         elif not tensor.isfinite().all():
             problems.append(f"{key}: holds NaN or Inf")
     problems += _checksum_problems(config, blocks, data.get("checksums") or {})
@@ -316,7 +320,9 @@ def _read_tensors(folder: Path, sha256: str | None) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterError(f"{folder}: {WEIGHTS_FILE} is missing")
     if sha256 is not None and _sha256(path) != sha256:
-        raise AdapterError(f"{path}: its sha256 is not the one in {CONFIG_FILE}; the file is damaged")
+        raise AdapterError(
+            f"{path}: its sha256 is not the one in {CONFIG_FILE}; the file is damaged"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -339,10 +339,12 @@ def _install(model: nn.Module, blocks: list) -> Runtime:
     model.requires_grad_(False)
     methods = GenerateMethods(runtime)
     if runtime.is_causal:
-        _replace(runtime, "generate", Replaced(model.generate, methods.generate))
-        prepare = model.prepare_inputs_for_generation
-        name = "prepare_inputs_for_generation"
-        _replace(runtime, name, Replaced(prepare, methods.prepare_inputs))
+        bodies = {
+            "generate": methods.generate,
+            "prepare_inputs_for_generation": methods.prepare_inputs,
+        }
+        for name, body in bodies.items():
+            _replace(runtime, name, Replaced(model, name, body))
     if hasattr(model, "save_pretrained"):
         from milora.integrations.transformers import install
 

@@ -1,8 +1,9 @@
 """Find a model's Transformer blocks and the linear modules in them, by structure.
 
 No table of model families: blocks are the elements of the outermost `nn.ModuleList`s whose
-elements share one class and hold linear modules. What a family does differently is data that the
-model itself carries (`get_decoder`, `is_encoder_decoder`, an `experts` submodule).
+elements share a class and hold linear modules. (Hybrid models alternate attention and state-space
+blocks of two classes; transformers derives both from one.) What a family does differently is data
+that the model itself carries (`get_decoder`, `is_encoder_decoder`, an `experts` submodule).
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear module, or None when `module` is not one.
 
     Quantized linears keep `in_features` and `out_features`, so they are recognised by those and
-    not by the shape of their (packed) weight. GPT-2's Conv1D stores its weight as [d_in, d_out].
+    not by the shape of their (packed) weight; those of GPTQ, AWQ or HQQ are no `nn.Linear`.
+    GPT-2's Conv1D stores its weight as [d_in, d_out].
     """
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         return linear_shape(module.base_layer)  # a module that already carries experts
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return tuple(module.weight.shape)
-    return None
+    if not isinstance(module, nn.Linear) and "Linear" not in type(module).__name__:
+        return None
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return shape if all(isinstance(size, int) for size in shape) else None
 
 
 def find_blocks(model: nn.Module, config: MiLoRAConfig) -> list[Block]:
@@ -56,7 +59,7 @@ def find_blocks(model: nn.Module, config: MiLoRAConfig) -> list[Block]:
     if not stacks:
         raise ValueError(
             f"attach: {type(model).__name__} has no list of Transformer blocks with linear modules "
-            "(an nn.ModuleList whose elements share one class)"
+            "(an nn.ModuleList whose elements share a class)"
         )
     _check_targets(config, stacks)
 
@@ -65,10 +68,13 @@ def find_blocks(model: nn.Module, config: MiLoRAConfig) -> list[Block]:
         stacks.sort(key=lambda stack: "decoder" in stack[0].split("."))
         encoder_length = len(stacks[0][1])
     blocks: list[Block] = []
+    taken: set[int] = set()  # a linear that several blocks share (Zamba2) belongs to the first
     for stack_index, (stack_path, modules) in enumerate(stacks):
         for position, module in enumerate(modules):
             path = f"{stack_path}.{position}"
-            experts = tuple(p for p in _linear_paths(module) if config.targets(path, p))
+            own = [p for p in _linear_paths(module) if id(module.get_submodule(p)) not in taken]
+            taken.update(id(module.get_submodule(p)) for p in own)
+            experts = tuple(p for p in own if config.targets(path, p))
             source = None
             if encoder_length is not None and stack_index == 1:
                 source = min(position * encoder_length // len(modules), encoder_length - 1)
@@ -83,11 +89,16 @@ def _block_lists(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
             continue
         if any(path.startswith(outer + ".") for outer, _ in found):
             continue
-        if len({type(child) for child in module}) == 1 and all(_linear_paths(c) for c in module):
+        if _share_a_class(module) and any(_linear_paths(child) for child in module):
             found.append((path, list(module)))
-    if len(found) > 1 and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         found = _inside_decoder(model, found)
     return found
+
+
+def _share_a_class(modules: nn.ModuleList) -> bool:
+    common = set.intersection(*(set(type(module).__mro__) for module in modules))
+    return bool(common - set(nn.Module.__mro__))
 
 
 def _inside_decoder(
@@ -106,7 +117,7 @@ def _linear_paths(block: nn.Module) -> list[str]:
 
     Left out: linears under a mixture-of-experts module (it gathers tokens, so a row of its input
     is no longer a row of the batch) and inside `nn.MultiheadAttention` (it reads the weight and
-    never calls the module).
+    never calls the module). A block that is itself a linear module has none.
     """
     skipped = [
         path + "."
@@ -117,23 +128,33 @@ def _linear_paths(block: nn.Module) -> list[str]:
     return [
         path
         for path, module in block.named_modules()
-        if linear_shape(module) and not any(path.startswith(prefix) for prefix in skipped)
+        if path and linear_shape(module) and not any(path.startswith(p) for p in skipped)
     ]
 
 
 def _gathers_tokens(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "experts", None), nn.Module)
+    """Whether `module` is a mixture of experts: it has `experts`, or a child of such a class."""
+    if isinstance(getattr(module, "experts", None), nn.Module):
+        return True
+    return any(type(child).__name__.endswith("Experts") for child in module.children())
 
 
 def _check_targets(config: MiLoRAConfig, stacks: list[tuple[str, list[nn.Module]]]) -> None:
-    patterns = [] if config.target_modules == "all-linear" else list(config.target_modules)
-    patterns += [*config.rank_pattern, *config.alpha_pattern]
-    modules = [
+    """Refuse a pattern without effect: a rank or alpha must be one of a module that is targeted."""
+    linears = [
         (f"{stack}.{position}", path)
         for stack, blocks in stacks
         for position, block in enumerate(blocks)
         for path in _linear_paths(block)
     ]
+    targeted = [(block, path) for block, path in linears if config.targets(block, path)]
+    patterns = [] if config.target_modules == "all-linear" else config.target_modules
+    _check_patterns(patterns, linears, "linear module inside the blocks")
+    patterns = [*config.rank_pattern, *config.alpha_pattern]
+    _check_patterns(patterns, targeted, "targeted linear module")
+
+
+def _check_patterns(patterns: list[str], modules: list[tuple[str, str]], what: str) -> None:
     for pattern in patterns:
         if not any(matches(pattern, block, path) for block, path in modules):
             paths = {path for _, path in modules}
@@ -141,6 +162,6 @@ def _check_targets(config: MiLoRAConfig, stacks: list[tuple[str, list[nn.Module]
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(
-                f"attach: no linear module inside the blocks matches {pattern!r}{hint} "
+                f"attach: no {what} matches {pattern!r}{hint} "
                 f"(there are: {', '.join(sorted(paths))})"
             )

@@ -81,7 +81,9 @@ class MiLoRAConfig:
         _check_choice("pooler", self.pooler, POOLERS)
         _check_choice("gate", self.gate, GATES)
         _check_choice("router_norm", self.router_norm, ROUTER_NORMS)
-        for activation in self.activation if isinstance(self.activation, list) else [self.activation]:
+        for activation in (
+            self.activation if isinstance(self.activation, list) else [self.activation]
+        ):
             _check_choice("activation", activation, ACTIVATIONS)
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"MiLoRAConfig: dropout must be in [0, 1), got {self.dropout!r}")
@@ -173,7 +175,9 @@ def _is_number(value: Any) -> bool:
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"MiLoRAConfig: {name} must be an integer in [{low}, {high}], got {value!r}")
+        raise ValueError(
+            f"MiLoRAConfig: {name} must be an integer in [{low}, {high}], got {value!r}"
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from milora.prompts import PENDING, Pending
 from milora.route_cache import held_by
@@ -49,16 +49,23 @@ class Generation:
 class Replaced:
     """A model's method with another body but its own signature.
 
-    transformers inspects signatures of `generate`'s helpers, and copies of the model must get a
-    method bound to the copy; a closure would give neither.
+    transformers inspects the signatures of `generate` and its helpers, and copies and pickles of
+    the model must get a method of the copy; a closure or a stored bound method would give neither.
     """
 
-    def __init__(self, original: Callable, body: Callable):
-        self.original = original
+    def __init__(self, model: nn.Module, name: str, body: Callable):
+        self.model = model
+        self.name = name
+        self.previous = model.__dict__.get(name)  # somebody else's replacement, if any
         self.body = body
-        self.__name__ = original.__name__
-        self.__doc__ = original.__doc__
-        self.__signature__ = inspect.signature(original)
+
+    @property
+    def original(self) -> Callable:
+        return self.previous or getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(self.original, *args, **kwargs)

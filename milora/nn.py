@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -122,7 +124,7 @@ class MiLoRALinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.base_layer.weight.device
+        return next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())).device
 
     def dense_weight(self) -> Tensor:
         """The base weight as [d_out, d_in] in a floating dtype.
@@ -130,24 +132,18 @@ class MiLoRALinear(nn.Module):
         Raises:
             TypeError: the base is quantized in a form that cannot be dequantized here.
         """
-        weight = self.base_layer.weight
-        if hasattr(weight, "quant_state"):  # bitsandbytes 4 bit
-            import bitsandbytes
-
-            weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        elif hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter):
-            weight = weight.dequantize()
-        if not weight.is_floating_point() or tuple(weight.shape) not in (
-            (self.d_out, self.d_in),
-            (self.d_in, self.d_out),
-        ):
+        weight = _dequantized(self.base_layer)
+        if type(self.base_layer).__name__ == "Conv1D":
+            weight = weight.T
+        # float8 needs scales that its module keeps elsewhere: its bare values mean nothing.
+        plain = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
+        if not plain or tuple(weight.shape) != (self.d_out, self.d_in):
+            got = "no weight" if weight is None else f"a weight of {weight.dtype}"
             raise TypeError(
-                f"milora: this expert kind needs the base weight, and {type(self.base_layer).__name__}"
-                f" with a {type(weight).__name__} of {weight.dtype} cannot be dequantized; use expert"
-                "='lora' on this base"
+                f"milora: this expert kind needs the base weight, and {type(self.base_layer).__name__} "
+                f"with {got} cannot be dequantized; use expert='lora' on this base"
             )
-        is_conv1d = not isinstance(self.base_layer, nn.Linear)
-        return weight.detach().T if is_conv1d else weight.detach()
+        return weight.detach()
 
     # ---- forward ------------------------------------------------------------------------------
 
@@ -231,7 +227,9 @@ class MiLoRALinear(nn.Module):
     ) -> Tensor:
         """gate · (c − 1) ⊙ (y − bias) of the experts that have an output vector (DoRA's)."""
         zeros = rows.new_zeros(self.d_out)
-        table = torch.stack([zeros if e.output is None else e.output.to(rows.dtype) for e in experts])
+        table = torch.stack(
+            [zeros if e.output is None else e.output.to(rows.dtype) for e in experts]
+        )
         gates = gates.to(rows.dtype) * (adapter_of >= 0)
         per_route = gates[:, None] * table[adapter_of.clamp(min=0).long()]
         bias = self.base_layer.bias
@@ -301,6 +299,21 @@ class MiLoRALinear(nn.Module):
             torch.tensor(ranks, dtype=torch.int32, device=device).view(-1, 1),
             torch.tensor(scales, dtype=torch.float32, device=device).view(-1, 1),
         )
+
+
+def _dequantized(linear: nn.Module) -> Tensor | None:
+    """The weight in the shape and dtype that `linear` computes with, None where it keeps none."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
+        return weight if isinstance(weight, Tensor) else None
+    if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bit
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB"):  # bitsandbytes, 8 bit; the scales move on the first forward
+        scale = linear.state.SCB if weight.SCB is None else weight.SCB
+        return weight if scale is None else weight.data.float() * (scale[:, None] / 127.0)
+    return weight.dequantize()  # torchao and other tensor subclasses
 
 
 class _ZeroGrads(torch.autograd.Function):

@@ -50,7 +50,9 @@ class PromptRouter(nn.Module):
         if activation == "rational":
             theta = torch.tensor(rational.fit(), dtype=torch.float32)
             self.theta = nn.Parameter(
-                theta.to(device) if weight.device.type != "meta" else torch.empty_like(theta, device="meta")
+                theta.to(device)
+                if weight.device.type != "meta"
+                else torch.empty_like(theta, device="meta")
             )
         else:
             self.register_parameter("theta", None)
@@ -91,7 +93,8 @@ def route(
     w_sa = torch.stack([zeros if router.w_sa is None else router.w_sa for router in routers])
     coef = torch.stack([_coefficients(router, train_theta, h.device) for router in routers])
     codes = _codes(tuple(router.codes for router in routers), h.device)
-    return ops.prompt_router(h, spans, router_of, w_sa, w_r, coef, codes)
+    # float() undoes a cast of the whole model to bf16: routing is always float32.
+    return ops.prompt_router(h, spans, router_of, w_sa.float(), w_r.float(), coef.float(), codes)
 
 
 @lru_cache(maxsize=256)

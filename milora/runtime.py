@@ -21,9 +21,9 @@ from milora.blocks import Block
 from milora.checkpointing import CheckpointedBlock
 from milora.config import MiLoRAConfig
 from milora.nn import MiLoRALinear
+from milora.route_cache import ROUTE, follow_cache, held_by
 from milora.router import BalanceWindow, PromptRouter, route
 from milora.routing import Call, Plan, RoutingState
-from milora.route_cache import ROUTE, follow_cache, held_by
 
 ROUTER_NAME = "milora_router"
 
@@ -100,7 +100,9 @@ class Runtime:
         names = kwargs.get("adapter_names")
         if "adapter_names" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
-        if self.local.disabled or (self.active is None and names is None and not self._generating()):
+        if self.local.disabled or (
+            self.active is None and names is None and not self._generating()
+        ):
             return args, kwargs
         inputs = _bind(module, args, kwargs)
         self.local.call = self._open(module, inputs, names)
@@ -394,7 +396,9 @@ class Runtime:
         everything = list(range(len(self.blocks[index].experts)))
         return all(self.columns[name][index] == everything for name in routed)
 
-    def _scatter(self, state: RoutingState, index: int, routed: list[str], values: Tensor) -> Tensor:
+    def _scatter(
+        self, state: RoutingState, index: int, routed: list[str], values: Tensor
+    ) -> Tensor:
         """Move each row's values to the columns of its adapter; router-less adapters get ones."""
         width = len(self.blocks[index].experts)
         table = torch.full((len(state.adapters), values.shape[1]), width, dtype=torch.int64)

@@ -138,7 +138,9 @@ def test_generate_routes_each_prompt_once(model, prompts, alone, name, count):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_reach_the_router(model, prompts, alone, side):
     batch = pad(prompts, side)
-    assert_routes(route_of(model, batch["input_ids"], attention_mask=batch["attention_mask"]), alone)
+    assert_routes(
+        route_of(model, batch["input_ids"], attention_mask=batch["attention_mask"]), alone
+    )
     garbage = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 5)
     assert_routes(route_of(model, garbage, attention_mask=batch["attention_mask"]), alone)
 
@@ -336,7 +338,7 @@ def test_a_copied_cache_has_its_own_route(model, prompts):
 
 def test_repeated_and_selected_rows_take_their_route_along(model, prompts):
     batch = pad(prompts, "left")
-    cache = prefill(model, **{"ids": batch["input_ids"]}, attention_mask=batch["attention_mask"])
+    cache = prefill(model, ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     cache = cache.past_key_values
     cache.batch_repeat_interleave(2)
     assert milora.routing_state(cache).row_of.tolist() == [0, 0, 1, 1, 2, 2]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -225,3 +228,19 @@ def test_several_adapters_train_in_one_batch(tenants, prompts):
         for key, gradient in separate.items():
             torch.testing.assert_close(together[key], gradient, rtol=1e-4, atol=1e-6)
     tenants.eval()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_the_model_is_independent(prompts, how):
+    model = make_model()
+    want = model.generate(prompts[0][None], max_new_tokens=4, do_sample=False)
+    twin = how(model)
+    milora.reset_stats(model)
+    assert torch.equal(twin.generate(prompts[0][None], max_new_tokens=4, do_sample=False), want)
+    assert milora.stats(model) == milora.Stats(0, 0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    milora.detach(twin)
+    assert milora.adapters(twin) == {}
+    assert torch.equal(model.generate(prompts[0][None], max_new_tokens=4, do_sample=False), want)

@@ -121,9 +121,8 @@ def test_both_learning_rates_follow_the_same_schedule(tmp_path):
 
     def watched():
         step()
-        rates.append(
-            (trainer.lr_scheduler.get_last_lr()[0], trainer.activation_scheduler.get_last_lr()[0])
-        )
+        schedulers = trainer.lr_scheduler, trainer.activation_scheduler
+        rates.append(tuple(scheduler.get_last_lr()[0] for scheduler in schedulers))
 
     trainer.activation_step = watched
     trainer.train()
@@ -418,7 +417,7 @@ def test_the_callback_serves_a_stock_trainer(tmp_path):
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-        ),  # fmt: skip
+        ),
         train_dataset=examples(),
         data_collator=CompletionCollator(),
         callbacks=[MiLoRACallback(tmp_path / "elsewhere.jsonl")],

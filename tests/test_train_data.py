@@ -161,7 +161,7 @@ def _stream(**options) -> BatchStream:
 
 
 def test_each_pass_of_the_stream_sees_every_item_once():
-    items = sum(_stream().take(10), [])
+    items = [item for batch in _stream().take(10) for item in batch]
     for start in range(0, 30, 10):
         assert sorted(items[start : start + 10]) == list(range(10))
     assert items[:10] != items[10:20]

@@ -98,7 +98,7 @@ _TABLE: dict[str, list[tuple[str, Any, str]]] = {
         ("rslora", None, "scale by alpha / sqrt(rank)"),
         ("no_router", None, "no router: plain LoRA on every module"),
     ],
-    "training (paper: AdamW, lr 1e-4, linear decay, 6 %% warm-up, patience 10)": [
+    "training (paper: AdamW, lr 1e-4, linear decay, 6 % warm-up, patience 10)": [
         ("epochs", "X", "passes over the data"),
         ("max_steps", "N", "stop after N steps instead; -1 for --epochs"),
         ("batch_size", "N", "examples of one forward"),

@@ -127,7 +127,7 @@ def runtime_of(model: nn.Module, *, required: bool = True) -> Runtime | None:
             return module.__dict__[RUNTIME]
     if required:
         raise ValueError(
-            f"milora: no adapter is attached to this {type(model).__name__}; call milora.attach first"
+            f"milora: no adapter is attached to this {type(model).__name__}; call milora.attach"
         )
     return None
 

@@ -37,7 +37,7 @@ class CheckpointedBlock:
 
     @classmethod
     def install(cls, runtime: Runtime) -> None:
-        """Wrap what `gradient_checkpointing_enable` has set; called as a training forward begins."""
+        """Wrap what `gradient_checkpointing_enable` has set, as a training forward begins."""
         for index, block in enumerate(runtime.blocks):
             inner = block.module.__dict__.get(FUNCTION)
             if inner is not None and not isinstance(inner, cls):

@@ -113,9 +113,9 @@ class GenerateMethods:
 
         if (chunk := option("prefill_chunk_size")) and not self.runtime.local.pinned:
             raise ValueError(
-                f"milora: prefill_chunk_size={chunk} cannot be exact with a prompt router: a block's "
-                "input depends on the routes of the blocks before it, which need the whole prompt. "
-                "Leave prefill_chunk_size unset, or pin a known route with milora.pin_route"
+                f"milora: prefill_chunk_size={chunk} cannot be exact with a prompt router: a "
+                "block's input depends on the routes of the blocks before it, which need the whole "
+                "prompt. Leave prefill_chunk_size unset, or pin a route with milora.pin_route"
             )
         if option("cache_implementation") == "paged":
             raise ValueError(

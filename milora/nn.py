@@ -140,8 +140,9 @@ class MiLoRALinear(nn.Module):
         if not plain or tuple(weight.shape) != (self.d_out, self.d_in):
             got = "no weight" if weight is None else f"a weight of {weight.dtype}"
             raise TypeError(
-                f"milora: this expert kind needs the base weight, and {type(self.base_layer).__name__} "
-                f"with {got} cannot be dequantized; use expert='lora' on this base"
+                "milora: this expert kind needs the base weight, and "
+                f"{type(self.base_layer).__name__} with {got} cannot be dequantized; use "
+                "expert='lora' on this base"
             )
         return weight.detach()
 
@@ -152,12 +153,23 @@ class MiLoRALinear(nn.Module):
         call = self._calls.call
         if call is None:
             return y
+        self._check_rows(call, y)
         if torch.is_grad_enabled() or self.training:
             return self._forward_train(call, x, y)
         active = call.state.block_active[self.block]
         if active is not None and not torch.compiler.is_compiling() and not active[self.column]:
             return y
         return self._forward_inference(call, x, y)
+
+    def _check_rows(self, call: Call, y: Tensor) -> None:
+        """Refuse [T, B, d] (Longformer): its tokens would silently follow the wrong prompts."""
+        packed = call.plan is not None and call.plan.segment_of is not None
+        if y.dim() > 2 and not packed and y.shape[0] != call.state.num_rows:
+            raise RuntimeError(
+                f"milora: a linear module got an input {[*y.shape[:-1], self.d_in]} that does not "
+                f"begin with the batch's {call.state.num_rows} rows; leave this module out of "
+                "target_modules"
+            )
 
     def _forward_inference(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
         if not y.is_contiguous():
@@ -285,7 +297,7 @@ class MiLoRALinear(nn.Module):
                 continue
             expert = self.weights(name)
             u = None if expert.output is None else expert.output.float()
-            bias = self.base_layer.bias
+            bias = getattr(self.base_layer, "bias", None)
             v = None if u is None else -u * (0.0 if bias is None else bias.float())
             a, bt = expert.a.to(dtype), expert.b.T.to(dtype)
             offsets.append([place(a), place(bt), place(u), place(v)])
@@ -304,8 +316,8 @@ class MiLoRALinear(nn.Module):
 def _dequantized(linear: nn.Module) -> Tensor | None:
     """The weight in the shape and dtype that `linear` computes with, None where it keeps none."""
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
-        return weight if isinstance(weight, Tensor) else None
+    if not isinstance(weight, Tensor):
+        return None
     if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bit
         from bitsandbytes.functional import dequantize_4bit
 
@@ -313,7 +325,9 @@ def _dequantized(linear: nn.Module) -> Tensor | None:
     if hasattr(weight, "SCB"):  # bitsandbytes, 8 bit; the scales move on the first forward
         scale = linear.state.SCB if weight.SCB is None else weight.SCB
         return weight if scale is None else weight.data.float() * (scale[:, None] / 127.0)
-    return weight.dequantize()  # torchao and other tensor subclasses
+    if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
+        return weight.dequantize()
+    return weight
 
 
 class _ZeroGrads(torch.autograd.Function):

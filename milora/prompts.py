@@ -64,10 +64,10 @@ class Source:
             return self._pending_prompts(self.pending)
         if not (self.prefill or self.whole):
             raise ValueError(
-                "milora: this forward has neither a cache, labels nor prompt lengths, so the router "
-                "cannot tell the prompt from the answer. Say it: `with milora.prompt_lengths(model, "
-                "n): model(...)`, with n the number of prompt tokens of each row; or pass "
-                "use_cache=True if all tokens are the prompt"
+                "milora: this forward has neither a cache, labels nor prompt lengths, so the "
+                "router cannot tell the prompt from the answer. Say it: `with "
+                "milora.prompt_lengths(model, n): model(...)`, with n the number of prompt tokens "
+                "of each row; or pass use_cache=True if all tokens are the prompt"
             )
         return self._plan(self._attended(), torch.arange(self.rows, device=self.device))
 
@@ -205,7 +205,7 @@ def _check_not_empty(lengths: Tensor) -> None:
     if bool((lengths < 1).any()):
         empty = (lengths < 1).nonzero().squeeze(1).tolist()
         raise ValueError(
-            f"milora: the prompts of rows {empty} are empty, so there is nothing to route on. Labels "
-            "must be -100 on the prompt (completion-only labels), or give the prompt's length with "
-            "milora.prompt_lengths(model, n)"
+            f"milora: the prompts of rows {empty} are empty, so there is nothing to route on. "
+            "Labels must be -100 on the prompt (completion-only labels), or give the prompt's "
+            "length with milora.prompt_lengths(model, n)"
         )

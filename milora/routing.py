@@ -180,7 +180,7 @@ class RoutingState:
         return state
 
     def route_map(self, num_tokens: int) -> Tensor:
-        """[num_tokens] int32: the prompt that each token of `num_rows` equally long rows follows."""
+        """[num_tokens] int32: the prompt that each token of equally long rows follows."""
         if num_tokens not in self._maps:
             per_row, rest = divmod(num_tokens, self.num_rows)
             if rest:

@@ -71,9 +71,10 @@ class Runtime:
         self.replaced: dict[str, Any] = {}  # instance attributes of the model to restore
         self.base_requires_grad: dict[str, bool] = {}
         self.is_encoder_decoder = any(block.source is not None for block in blocks)
-        config = getattr(model, "config", None)
         self.is_causal = hasattr(model, "can_generate") and bool(model.can_generate())
-        self.has_decoder = self.is_causal or bool(getattr(config, "is_decoder", False))
+        # Encoders and classifiers give no tokens back: all that they read is the prompt, and their
+        # labels are classes. Of a model that is not from transformers nobody knows.
+        self.whole = hasattr(model, "can_generate") and not self.is_causal
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
@@ -86,7 +87,7 @@ class Runtime:
     def routers_of(self, name: str) -> list[PromptRouter | None]:
         """An adapter's router in each block; None where it has no router or no expert."""
         modules = (getattr(block.module, ROUTER_NAME, {}) for block in self.blocks)
-        return [routers[name] if name in routers else None for routers in modules]
+        return [routers[name] if name in routers else None for routers in modules]  # noqa: SIM401
 
     # ---- the model's forward ------------------------------------------------------------------
 
@@ -168,23 +169,23 @@ class Runtime:
             return Call(self._ungated_state(rows, names, x.device))
         if cache is not None and (length := int(cache.get_seq_length())) > 0:
             raise ValueError(
-                f"milora: past_key_values holds {length} tokens but no route. A prompt's route needs "
-                "the whole prompt in one forward: chunked prefill and key-value caches made without "
-                "this adapter cannot be continued. Prefill the whole prompt at once, or pin a route "
-                "with milora.pin_route(model, state)"
+                f"milora: past_key_values holds {length} tokens but no route. A prompt's route "
+                "needs the whole prompt in one forward: chunked prefill and key-value caches made "
+                "without this adapter cannot be continued. Prefill the whole prompt at once, or "
+                "pin a route with milora.pin_route(model, state)"
             )
         source = prompts.Source(
             rows=rows,
             num_columns=num_columns,
             device=x.device,
             mask=prompts.attended(inputs.get("attention_mask"), rows, num_columns),
-            labels=inputs.get("labels") if module is self.model else None,
+            labels=inputs.get("labels") if module is self.model and not self.whole else None,
             lengths=self.local.prompt_lengths,
             position_ids=inputs.get("position_ids"),
             cu_seq_lens=inputs.get("cu_seq_lens_q"),
             pending=self._pending(cache, slot),
             prefill=cache is not None or slot is not None or inputs.get("use_cache") is True,
-            whole=not self.is_causal,
+            whole=self.whole,
         )
         plan, row_of, lengths = source.resolve()
         state = self._new_state(plan, row_of, lengths, names)
@@ -286,8 +287,8 @@ class Runtime:
                 state = getattr(encoded, ROUTE, None)
                 if state is None and self.configs_with_router(names):
                     raise ValueError(
-                        "milora: encoder_outputs carry no route; call the model's encoder while the "
-                        "adapter is active and pass on its output object"
+                        "milora: encoder_outputs carry no route; call the model's encoder while "
+                        "the adapter is active and pass on its output object"
                     )
                 if state is not None and state.num_rows != rows:
                     state = state.with_rows(prompts.rows_of(state.num_prompts, rows, device))
@@ -380,15 +381,17 @@ class Runtime:
         plan = call.plan
         if plan is None:
             raise RuntimeError(
-                f"milora: no route for block {self.blocks[index].path}; the prefill that should have "
-                "made it did not finish"
+                f"milora: no route for block {self.blocks[index].path}; the prefill that should "
+                "have made it did not finish"
             )
         hidden = args[0] if args else kwargs["hidden_states"]
         h = hidden.reshape(-1, hidden.shape[-1])
-        if h.shape[0] != plan.num_tokens:
+        is_rows_first = hidden.dim() < 3 or hidden.shape[0] in (call.state.num_rows, 1)
+        if h.shape[0] != plan.num_tokens or not is_rows_first:
             raise RuntimeError(
-                f"milora: block {self.blocks[index].path} sees {h.shape[0]} tokens where the model "
-                f"was given {plan.num_tokens}, so the prompt's place is unknown"
+                f"milora: block {self.blocks[index].path} sees tokens {[*hidden.shape[:-1]]} where "
+                f"the model was given {plan.num_tokens} in {call.state.num_rows} rows, so the "
+                "prompt's place is unknown"
             )
         return (h if plan.take is None else h[plan.take]), plan.spans.to(h.device)
 
@@ -441,7 +444,8 @@ class Runtime:
         """This micro-batch's part of the accumulated batch, as the task loss is weighted."""
         if call.num_items is None:
             return 1.0
-        labels = call.labels if self.is_encoder_decoder else call.labels[..., 1:]
+        is_shifted = not (self.is_encoder_decoder or self.whole)
+        labels = call.labels[..., 1:] if is_shifted else call.labels
         return (labels != -100).sum() / call.num_items
 
 

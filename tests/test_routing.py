@@ -242,7 +242,7 @@ def test_a_forward_without_a_prompt_is_refused(model, name):
 def test_wrong_prompt_lengths_are_refused(model, lengths):
     with (
         milora.prompt_lengths(model, lengths),
-        pytest.raises(ValueError, match="prompt_lengths|empty"),
+        pytest.raises(ValueError, match=r"prompt_lengths|empty"),
     ):
         model(torch.arange(3, 9)[None])
 
@@ -286,7 +286,7 @@ def test_speculative_tokens_stay_out_of_the_router(model, prompts, mode):
 
 
 def test_static_cache_hides_the_mask_and_generate_still_knows_it(model, prompts, alone):
-    """Reusing the same static cache object for another batch must not reuse the first one's mask."""
+    """A static cache that serves another batch must not keep the first one's mask."""
     for order in ([0, 1, 2], [1, 2, 0]):
         batch = pad([prompts[i] for i in order], "left")
         with milora.record_routing(model) as states:

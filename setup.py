@@ -4,9 +4,9 @@ MILORA_CUDA=1 or 0 forces the CUDA kernels on or off; without it they are compil
 GPU. CMAKE_ARGS adds arguments, e.g. CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=90a-real".
 """
 
-import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,45 +17,34 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def read_version() -> str:
-    scope: dict[str, str] = {}
-    exec((ROOT / "milora/_version.py").read_text(), scope)
-    return scope["__version__"]
-
-
-def package_dir(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        sys.exit(f"milora: building needs {name}; install it and use pip --no-build-isolation")
-    return Path(spec.origin).parent
-
-
-def wants_cuda() -> bool:
-    choice = os.environ.get("MILORA_CUDA", "")
-    if choice not in ("", "0", "1"):
-        sys.exit(f"milora: MILORA_CUDA must be 0 or 1, got {choice!r}")
-    if choice:
-        return choice == "1"
-    import torch
-
-    return torch.cuda.is_available()
-
-
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        try:
+            import pybind11
+            import torch
+        except ImportError as error:
+            sys.exit(f"milora: {error}; install it first, then use pip --no-build-isolation")
+        choice = os.environ.get("MILORA_CUDA") or str(int(torch.cuda.is_available()))
+        if choice not in ("0", "1"):
+            sys.exit(f"milora: MILORA_CUDA must be 0 or 1, got {choice!r}")
+
+        build = ROOT / "build" / ("cuda" if choice == "1" else "cpu")
         output = ROOT / "milora" if self.inplace else Path(self.build_lib).resolve() / "milora"
-        build = ROOT / "build" / ("cuda" if wants_cuda() else "cpu")
         args = [
-            f"-DMILORA_VERSION={read_version()}",
+            f"-DMILORA_VERSION={self.distribution.get_version()}",
             f"-DMILORA_OUTPUT_DIR={output}",
-            f"-DMILORA_CUDA={'ON' if wants_cuda() else 'OFF'}",
-            f"-DTORCH_DIR={package_dir('torch')}",
-            f"-Dpybind11_DIR={package_dir('pybind11') / 'share/cmake/pybind11'}",
+            f"-DMILORA_CUDA={choice}",
+            f"-DTORCH_DIR={Path(torch.__file__).parent}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(["cmake", "-GNinja", "-S", ROOT, "-B", build, *args, *extra], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        # The cmake and ninja of this environment come before those of the system.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        env = {**os.environ, "PATH": path}
+        cmake = shutil.which("cmake", path=path) or "cmake"
+        subprocess.run([cmake, "-GNinja", "-S", ROOT, "-B", build, *args], check=True, env=env)
+        subprocess.run([cmake, "--build", build], check=True, env=env)
 
 
 setup(ext_modules=[Extension("milora._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -128,8 +128,8 @@ def prompt_router(
     Args:
         h: [num_tokens, d] float32 | bfloat16 | float16, last dim contiguous. Tokens outside all
             spans are never read: they may be NaN.
-        spans: [num_prompts, 2] int32, half-open token ranges; for a backward they must not
-            overlap. An empty span pools to 0.
+        spans: [num_prompts, 2] int32, half-open token ranges that do not overlap. An empty span
+            pools to 0.
         router_of: [num_prompts] int32; −1 = no router: the outputs' rows are 0.
         w_sa: [num_routers, d] float32.
         w_r: [num_routers, N, d] float32, N at most 64.

@@ -248,6 +248,7 @@ Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Te
   GroupedLoraParams p{};
   p.dtype = float_dtype(kOp, "x", x);
   check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check(x.size(1) >= 1, kOp, "d_in must be at least 1, got 0");
   check_dtype(kOp, "y", y, x.scalar_type());
   check_shape(kOp, "y", y, {x.size(0), -1}, "[num_tokens, d_out]");
   check_same_device(kOp, "y", y, x);
@@ -289,6 +290,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
   GroupedLoraBackwardParams p{};
   p.dtype = float_dtype(kOp, "x", x);
   check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check(x.size(1) >= 1, kOp, "d_in must be at least 1, got 0");
   check_dtype(kOp, "dy", dy, x.scalar_type());
   check_shape(kOp, "dy", dy, {x.size(0), -1}, "[num_tokens, d_out]");
   check_same_device(kOp, "dy", dy, x);

@@ -88,6 +88,7 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
         p.num_slices, "), got ", experts.size());
   p.dtype = float_dtype(kOp, "x", x);
   check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check(x.size(1) >= 1, kOp, "d_in must be at least 1, got 0");
   check(offsets.dim() == 3, kOp, "offsets must be [num_adapters, num_slices, 4], got ",
         Shape{offsets});
   p.num_tokens = x.size(0);

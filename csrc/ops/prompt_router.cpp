@@ -54,6 +54,22 @@ PromptRouterParams make_params(const char* op, const Tensor& h, const Tensor& sp
   return p;
 }
 
+// Two prompts that share a token would race for its gradient.
+void check_disjoint(const char* op, const PromptRouterParams& p) {
+  std::vector<std::pair<int32_t, int32_t>> spans;
+  for (int64_t i = 0; i < p.num_prompts; ++i) {
+    if (p.spans[2 * i] < p.spans[2 * i + 1]) {
+      spans.emplace_back(p.spans[2 * i], p.spans[2 * i + 1]);
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i) {
+    check(spans[i - 1].second <= spans[i].first, op, "spans must not overlap, got [",
+          spans[i - 1].first, ", ", spans[i - 1].second, ") and [", spans[i].first, ", ",
+          spans[i].second, ")");
+  }
+}
+
 // Values of CPU tensors; on a GPU reading them would stop the stream.
 void check_values(const char* op, const PromptRouterParams& p) {
   for (int64_t i = 0; i < p.num_routers; ++i) {
@@ -76,6 +92,7 @@ void check_values(const char* op, const PromptRouterParams& p) {
     check(p.router_of[i] >= -1 && p.router_of[i] < p.num_routers, op, "router_of must be in [-1, ",
           p.num_routers, "), got ", p.router_of[i], " for prompt ", i);
   }
+  check_disjoint(op, p);
 }
 
 struct ChunkPlan {
@@ -96,21 +113,6 @@ ChunkPlan cut_chunks(const PromptRouterParams& p) {
   return plan;
 }
 
-void check_disjoint(const char* op, const PromptRouterParams& p) {
-  std::vector<std::pair<int32_t, int32_t>> spans;
-  for (int64_t i = 0; i < p.num_prompts; ++i) {
-    if (p.spans[2 * i] < p.spans[2 * i + 1]) {
-      spans.emplace_back(p.spans[2 * i], p.spans[2 * i + 1]);
-    }
-  }
-  std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i) {
-    check(spans[i - 1].second <= spans[i].first, op, "spans must not overlap, got [",
-          spans[i - 1].first, ", ", spans[i - 1].second, ") and [", spans[i].first, ", ",
-          spans[i].second, ")");
-  }
-}
-
 void run_cpu(const char* op, const PromptRouterParams& p) {
   check_values(op, p);
   const ChunkPlan plan = cut_chunks(p);
@@ -127,7 +129,6 @@ void run_cpu(const char* op, const PromptRouterParams& p) {
 void run_cpu_backward(const char* op, const PromptRouterBackwardParams& params) {
   const PromptRouterParams& p = params.forward;
   check_values(op, p);
-  check_disjoint(op, p);
   const ChunkPlan plan = cut_chunks(p);
   const auto num_chunks = static_cast<int64_t>(plan.chunks.size());
   std::vector<float> prompt_scratch(p.num_prompts * (2 * p.d + p.num_experts + kNumCoefs));

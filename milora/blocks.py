@@ -106,8 +106,8 @@ def _inside_decoder(
 ) -> list[tuple[str, list[nn.Module]]]:
     """Of several towers (a vision encoder beside a language model) keep the language model's."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model:
-        return found
+    if decoder is None or not any(isinstance(m, nn.ModuleList) for m in decoder.modules()):
+        return found  # ModernBERT's `decoder` is the head's last linear
     inside = {id(module) for module in decoder.modules()}
     return [entry for entry in found if id(entry[1][0]) in inside]
 

@@ -328,13 +328,8 @@ class Runtime:
                 f"milora: block {self.blocks[index].path} was called outside the forward of "
                 f"{type(self.model).__name__}, so there is no prompt to route"
             )
-        call.entered = index
         if call.state.block_gates[index] is None:
             self._route_block(call, index, args, kwargs)
-
-    def leave_block(self, index: int) -> None:
-        if self.local.call is not None:
-            self.local.call.entered = None
 
     def _route_block(self, call: Call, index: int, args: tuple, kwargs: dict) -> None:
         state, block = call.state, self.blocks[index]
@@ -386,8 +381,11 @@ class Runtime:
             )
         hidden = args[0] if args else kwargs["hidden_states"]
         h = hidden.reshape(-1, hidden.shape[-1])
-        is_rows_first = hidden.dim() < 3 or hidden.shape[0] in (call.state.num_rows, 1)
-        if h.shape[0] != plan.num_tokens or not is_rows_first:
+        # XLNet's blocks see [T, B, d]: as many tokens, in another order.
+        is_other_order = (
+            plan.segment_of is None and hidden.dim() > 2 and hidden.shape[0] != call.state.num_rows
+        )
+        if h.shape[0] != plan.num_tokens or is_other_order:
             raise RuntimeError(
                 f"milora: block {self.blocks[index].path} sees tokens {[*hidden.shape[:-1]]} where "
                 f"the model was given {plan.num_tokens} in {call.state.num_rows} rows, so the "
@@ -473,18 +471,14 @@ def _get(output: Any, name: str, position: int | None = None) -> Any:
 
 
 class BlockHook:
-    """Forward (pre-)hook of one block, as an object so that copies of the model copy it too."""
+    """Forward pre-hook of one block, as an object so that copies of the model copy it too."""
 
-    def __init__(self, runtime: Runtime, index: int, entering: bool):
+    def __init__(self, runtime: Runtime, index: int):
         self.runtime = runtime
         self.index = index
-        self.entering = entering
 
-    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> None:
-        if self.entering:
-            self.runtime.enter_block(self.index, args, rest[0])
-        else:
-            self.runtime.leave_block(self.index)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.runtime.enter_block(self.index, args, kwargs)
 
 
 def add_router(

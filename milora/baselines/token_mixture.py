@@ -108,7 +108,7 @@ class TokenMixtureLinear(nn.Module):
         low = functional.linear(tokens, self.lora_A)
         low = low.view(-1, config.num_experts, config.expert_rank) * gates.unsqueeze(-1)
         flat = y.reshape(-1, y.shape[-1])
-        update = low.view(flat.shape[0], -1)
+        update = low.flatten(1)
         if flat.dtype == update.dtype:
             return torch.addmm(flat, update, self.lora_B.t()).view_as(y)
         return y + functional.linear(update, self.lora_B).to(y.dtype).view_as(y)

@@ -146,14 +146,15 @@ def _train(
 
 
 def _windows(stream: torch.Tensor, config: BaseConfig, generator: torch.Generator) -> torch.Tensor:
-    """A batch of random windows [batch_size, window] int64; a share of them is said twice.
+    """A batch of random windows [batch_size, window] int64; a share of them repeats itself.
 
     Text of 290 kB repeats itself too little for so short a pre-training to learn to copy, and the
-    tasks need a base that can: so the second half of an echo window repeats its first half.
+    tasks need a base that can: so an echo window says its first few tokens over and over. Their
+    number differs from window to window, else looking a fixed way back would do.
     """
     starts = torch.randint(len(stream) - config.window, (config.batch_size, 1), generator=generator)
     batch = stream[starts + torch.arange(config.window)]
-    num_echoes = round(config.echo_share * config.batch_size)
-    half = config.window // 2
-    batch[:num_echoes, half : 2 * half] = batch[:num_echoes, :half]
+    for row in range(round(config.echo_share * config.batch_size)):
+        period = int(torch.randint(8, config.window // 2 + 1, (), generator=generator))
+        batch[row] = batch[row, torch.arange(config.window) % period]
     return batch

@@ -1,37 +1,43 @@
-"""Adapters on disk: a folder that PEFT reads too, written so that a crash leaves no mixture.
+"""Save an adapter, and load it: everything is checked before the model is touched.
 
-`adapter_model.safetensors` in PEFT's key layout, and `adapter_config.json`, which is written last
-and holds the sha256 of the weights. A folder without its config holds no adapter. Loading checks
-everything before it touches the model, and reports every problem at once.
+The files are `milora.adapter_files`' business; here is what they must hold to fit a model. Every
+problem of a folder is reported at once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from milora._version import __version__
-from milora.attach import attach, hidden_size, runtime_of, spec_of
+from milora.adapter_files import PEFT_TYPE, open_weights, read_config, write_folder
+from milora.attach import attach, delete_adapter, hidden_size, runtime_of, spec_of
 from milora.blocks import Block, find_blocks, linear_shape
 from milora.config import FORMAT_VERSION, MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind
+from milora.router import NUM_COEFFICIENTS
 from milora.runtime import ROUTER_NAME
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PEFT_TYPE = "MILORA"
 # PEFT stores these without the trailing ".weight" of every other tensor.
 BARE_TENSORS = ("lora_magnitude_vector",)
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What a config holds beside `MiLoRAConfig`'s fields: ours, and what PEFT adds when it saves.
+META_KEYS = {"format_version", "milora_version", "experts", "checksums", "sha256"}
+PEFT_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 
 
 def save(
@@ -43,7 +49,8 @@ def save(
 ) -> None:
     """Write one adapter to `folder`, replacing the adapter that is there.
 
-    Under FSDP every rank must call this (it gathers the shards); the main process writes.
+    A crash at any point leaves the old adapter or none. Under FSDP every rank must call this (it
+    gathers the shards); the main process writes.
 
     Raises:
         ValueError: no adapter of that name.
@@ -59,29 +66,6 @@ def save(
     base = getattr(runtime.model, "config", None)
     config["base_model_name_or_path"] = getattr(base, "_name_or_path", None) or None
     write_folder(folder, tensors, config)
-
-
-def write_folder(folder: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
-    """Write weights and config so that a reader sees the old adapter, none, or the new one."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, weights_tmp = folder / WEIGHTS_FILE, folder / f".{WEIGHTS_FILE}.{os.getpid()}.tmp"
-    target, target_tmp = folder / CONFIG_FILE, folder / f".{CONFIG_FILE}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, weights_tmp, metadata={"format": "pt"})
-        config = {**config, "sha256": _sha256(weights_tmp)}
-        target_tmp.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for path in (weights_tmp, target_tmp):
-            _sync(path)
-        target.unlink(missing_ok=True)  # from here the folder holds no adapter ...
-        _sync(folder)
-        os.replace(weights_tmp, weights)
-        _sync(folder)
-        os.replace(target_tmp, target)  # ... until here
-        _sync(folder)
-    finally:
-        weights_tmp.unlink(missing_ok=True)
-        target_tmp.unlink(missing_ok=True)
 
 
 def load(
@@ -104,8 +88,16 @@ def load(
         ValueError: the name is taken.
     """
     config, tensors = read_folder(model, folder)
+    runtime = runtime_of(model, required=False)
+    active = None if runtime is None else runtime.active
     attach(model, config, adapter_name, trainable=trainable)
-    _copy_into(adapter_parameters(model, adapter_name), tensors)
+    try:
+        _copy_into(adapter_parameters(model, adapter_name), tensors)
+    except BaseException:
+        delete_adapter(model, adapter_name)
+        if runtime is not None:
+            runtime.active = active
+        raise
     return model
 
 
@@ -119,12 +111,11 @@ def load_weights(model: nn.Module, folder: str | os.PathLike, adapter_name: str)
     """
     runtime = runtime_of(model)
     config, tensors = read_folder(model, folder)
-    if config.to_dict() != runtime.configs[adapter_name].to_dict():
-        mine = runtime.configs[adapter_name].to_dict()
-        differing = [k for k, v in config.to_dict().items() if v != mine[k]]
+    theirs, mine = config.to_dict(), runtime.configs[adapter_name].to_dict()
+    if differing := [key for key in theirs if theirs[key] != mine[key]]:
         raise AdapterError(
             f"{os.fspath(folder)}: the adapter on the model was configured otherwise: "
-            + ", ".join(f"{k} {config.to_dict()[k]!r} (here {mine[k]!r})" for k in differing)
+            + ", ".join(f"{key} {theirs[key]!r} (here {mine[key]!r})" for key in differing)
         )
     _copy_into(adapter_parameters(model, adapter_name), tensors)
 
@@ -134,50 +125,47 @@ def read_folder(
 ) -> tuple[MiLoRAConfig, dict[str, Tensor]]:
     """Read and validate an adapter for `model`; touches nothing.
 
-    Returns: its configuration, and its tensors by their keys in the file.
+    Returns: its configuration, and its tensors by their keys (`adapter_parameters`').
     Raises: as `load`.
     """
     folder = Path(folder)
     data = read_config(folder)
-    tensors = _read_tensors(folder, data.get("sha256"))
-    if data.get("peft_type") == "LORA":
-        from milora.integrations.peft_lora import config_of_lora
-
-        config = config_of_lora(model, data, tensors, folder)
-    else:
-        config = _config_of(data, folder)
-    try:
-        blocks = find_blocks(model, config)
-    except ValueError as error:
-        raise AdapterError(f"{folder}: {error}") from None
-    _raise_all(folder, _problems(model, config, blocks, data, tensors))
-    return config, tensors
-
-
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The parsed `adapter_config.json` of a folder.
-
-    Raises:
-        FileNotFoundError: no adapter there.
-        milora.AdapterError: unreadable, not an adapter, or of a version this release cannot read.
-    """
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {os.fspath(folder)} ({CONFIG_FILE} is missing)")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("peft_type") not in (PEFT_TYPE, "LORA"):
-        kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
-        raise AdapterError(f"{path}: peft_type must be {PEFT_TYPE} or LORA, got {kind!r}")
-    version = data.get("format_version")
-    if data["peft_type"] == PEFT_TYPE and version != FORMAT_VERSION:
+    with open_weights(folder, data.get("sha256")) as file:
+        names: dict[str, str] = {}
+        for name in file.keys():  # noqa: SIM118
+            names[name if key_of(name) in names else key_of(name)] = name
+        found = {key: file.get_slice(name) for key, name in names.items()}
+        shapes = {key: tuple(part.get_shape()) for key, part in found.items()}
+        config = _config_of(model, data, shapes, folder)
+        try:
+            blocks = find_blocks(model, config)
+        except ValueError as error:
+            raise AdapterError(f"{folder}: {error}") from None
+        problems = _block_problems(config, blocks, data.get("experts"))
+        expected = {} if problems else expected_shapes(model, config, blocks)
+        if expected:
+            problems += [f"missing tensor {key}" for key in expected.keys() - found.keys()]
+            problems += [f"unknown tensor {key}" for key in found.keys() - expected.keys()]
+        tensors = {}
+        for key in expected.keys() & found.keys():
+            dtype = found[key].get_dtype()
+            if shapes[key] != expected[key]:
+                wanted = list(expected[key])
+                problems.append(f"{key}: shape must be {wanted}, got {list(shapes[key])}")
+            elif dtype not in DTYPES:
+                problems.append(f"{key}: dtype must be {' or '.join(DTYPES.values())}, got {dtype}")
+            else:
+                tensors[key] = file.get_tensor(names[key])
+                if not tensors[key].isfinite().all():
+                    problems.append(f"{key}: holds NaN or Inf")
+    # Making frozen factors takes time and memory that a damaged config could make any amount of.
+    problems = problems or _checksum_problems(config, blocks, data.get("checksums", {}))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
         raise AdapterError(
-            f"{path}: format_version {version!r} cannot be read by milora {__version__}, which reads "
-            f"{FORMAT_VERSION}"
+            f"{folder}: the adapter does not fit this model ({len(problems)} problems):\n{listed}"
         )
-    return data
+    return config, tensors
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -188,12 +176,13 @@ def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
             f"milora: no adapter {adapter_name!r}; there are {sorted(runtime.configs)}"
         )
     config = runtime.configs[adapter_name]
+    kind = get_kind(config.expert)
     checksums = {
-        f"{runtime.blocks[linear.block].path}.{runtime.blocks[linear.block].experts[linear.column]}": s
-        for linears in runtime.linears
+        f"{block.path}.{block.experts[linear.column]}": checksum
+        for block, linears in zip(runtime.blocks, runtime.linears, strict=True)
         for linear in linears
         if adapter_name in linear.specs
-        and (s := get_kind(config.expert).checksum(linear.specs[adapter_name])) is not None
+        and (checksum := kind.checksum(linear.specs[adapter_name])) is not None
     }
     return {
         "peft_type": PEFT_TYPE,
@@ -225,6 +214,12 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
     return found
 
 
+def key_of(name: str) -> str:
+    """A tensor's key from its name in a file: PEFT before 0.21 writes bare ones with ".weight"."""
+    bare = name.removesuffix(".weight")
+    return bare if bare.endswith(BARE_TENSORS) else name
+
+
 def expert_key(block: str, path: str, tensor: str) -> str:
     suffix = "" if tensor in BARE_TENSORS else ".weight"
     return f"{PREFIX}{block}.{path}.{tensor}{suffix}"
@@ -252,41 +247,25 @@ def expected_shapes(
             if config.pooler == "self_attention" and block.source is None:
                 shapes[f"{prefix}.w_sa"] = (d,)
             if config.activation_of(index) == "rational":
-                shapes[f"{prefix}.theta"] = (12,)
+                shapes[f"{prefix}.theta"] = (NUM_COEFFICIENTS,)
     return shapes
 
 
-def _problems(
-    model: nn.Module,
-    config: MiLoRAConfig,
-    blocks: list[Block],
-    data: dict[str, Any],
-    tensors: dict[str, Tensor],
+def _block_problems(
+    config: MiLoRAConfig, blocks: list[Block], named: dict[str, list[str]] | None
 ) -> list[str]:
-    problems: list[str] = []
-    if isinstance(config.activation, list) and len(config.activation) != len(blocks):
-        return [f"activation lists {len(config.activation)} blocks, the model has {len(blocks)}"]
-    if (named := data.get("experts")) is not None:
-        here = {block.path: list(block.experts) for block in blocks}
-        if named != here:
-            differing = sorted(set(named) ^ set(here)) or [p for p in here if named[p] != here[p]]
+    """What differs between the blocks that the adapter was made for and the model's."""
+    problems = []
+    activation = config.activation
+    if isinstance(activation, list) and len(activation) != len(blocks):
+        problems.append(f"activation lists {len(activation)} blocks, the model has {len(blocks)}")
+    here = {block.path: list(block.experts) for block in blocks}
+    named = here if named is None else named
+    for path in sorted(named.keys() | here.keys()):
+        if named.get(path) != here.get(path):
             problems.append(
-                f"its experts are other modules than this model's, e.g. {differing[:3]}"
+                f"{path}: its experts are {named.get(path)}, those of this model {here.get(path)}"
             )
-    expected = expected_shapes(model, config, blocks)
-    problems += [f"missing tensor {key}" for key in sorted(set(expected) - set(tensors))]
-    problems += [f"unknown tensor {key}" for key in sorted(set(tensors) - set(expected))]
-    for key in sorted(set(tensors) & set(expected)):
-        tensor = tensors[key]
-        if tuple(tensor.shape) != expected[key]:
-            problems.append(f"{key}: shape must be {list(expected[key])}, got {list(tensor.shape)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            problems.append(
-                f"{key}: dtype must be float32, bfloat16 or float16, got {tensor.dtype}"
-            )
-        elif not tensor.isfinite().all():
-            problems.append(f"{key}: holds NaN or Inf")
-    problems += _checksum_problems(config, blocks, data.get("checksums") or {})
     return problems
 
 
@@ -294,48 +273,37 @@ def _checksum_problems(
     config: MiLoRAConfig, blocks: list[Block], checksums: dict[str, str]
 ) -> list[str]:
     problems = []
-    for block in blocks if checksums else ():
+    for block in blocks:
         for path in block.experts:
             shape = linear_shape(block.module.get_submodule(path))
-            spec = spec_of(config, block.path, path, shape)
-            made = get_kind(config.expert).checksum(spec)
-            if checksums.get(f"{block.path}.{path}") != made:
+            made = get_kind(config.expert).checksum(spec_of(config, block.path, path, shape))
+            said = checksums.get(f"{block.path}.{path}")
+            if made != said:
                 problems.append(
                     f"{block.path}.{path}: its frozen factors came out with checksum {made}, the "
-                    f"file says {checksums.get(f'{block.path}.{path}')}"
+                    f"file says {said}"
                 )
     return problems
 
 
-def _config_of(data: dict[str, Any], folder: Path) -> MiLoRAConfig:
-    known = MiLoRAConfig.__dataclass_fields__
+def _config_of(
+    model: nn.Module, data: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
+) -> MiLoRAConfig:
+    if data["peft_type"] == "LORA":
+        from milora.integrations.peft_lora import config_of_lora
+
+        return config_of_lora(model, data, shapes, folder)
+    known = set(MiLoRAConfig.__dataclass_fields__)
+    problems = [f"missing key {key!r}" for key in sorted(known - data.keys())]
+    unknown = data.keys() - known - META_KEYS - PEFT_KEYS
+    problems += [f"unknown key {key!r}" for key in sorted(unknown)]
     try:
-        return MiLoRAConfig.from_dict({key: data[key] for key in known if key in data})
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from None
-
-
-def _read_tensors(folder: Path, sha256: str | None) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise AdapterError(f"{folder}: {WEIGHTS_FILE} is missing")
-    if sha256 is not None and _sha256(path) != sha256:
-        raise AdapterError(
-            f"{path}: its sha256 is not the one in {CONFIG_FILE}; the file is damaged"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def _raise_all(folder: Path, problems: list[str]) -> None:
+        config = MiLoRAConfig(**{key: data[key] for key in known & data.keys()})
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        problems.append(str(error))
     if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise AdapterError(
-            f"{folder}: the adapter does not fit this model ({len(problems)} problems):\n{listed}"
-        )
+        raise AdapterError(f"{folder}: its config cannot be used: {'; '.join(problems)}")
+    return config
 
 
 # ---- small things -------------------------------------------------------------------------------
@@ -355,20 +323,3 @@ def _copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) 
 
 def _full(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

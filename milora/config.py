@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+# Of saved adapters. A new field of `MiLoRAConfig` needs a new version: a file must hold them all.
 FORMAT_VERSION = 1
 
 POOLERS = ("self_attention", "mean", "max", "last")
@@ -91,6 +94,16 @@ class MiLoRAConfig:
             raise ValueError(
                 f"MiLoRAConfig: balance_coef must be a number >= 0, got {self.balance_coef!r}"
             )
+        for name in ("router", "rslora", "bilevel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"MiLoRAConfig: {name} must be True or False, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.expert, str) or not isinstance(self.expert_options, dict):
+            raise ValueError(
+                "MiLoRAConfig: expert must be a name and expert_options a dict, got "
+                f"{self.expert!r} and {self.expert_options!r}"
+            )
         self._check_targets()
         get_kind(self.expert).validate(self.expert_options)
 
@@ -135,10 +148,11 @@ class MiLoRAConfig:
     def activation_of(self, block: int) -> str:
         return self.activation[block] if isinstance(self.activation, list) else self.activation
 
-    # ---- as JSON ------------------------------------------------------------------------------
+    # ---- as JSON, and for PEFT ----------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.fields(MiLoRAConfig)  # a subclass for PEFT has more
+        return {field.name: copy.deepcopy(getattr(self, field.name)) for field in fields}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MiLoRAConfig:
@@ -151,6 +165,16 @@ class MiLoRAConfig:
         if unknown := sorted(set(data) - known):
             raise ValueError(f"MiLoRAConfig: unknown keys {unknown}; known are {sorted(known)}")
         return cls(**data)
+
+    def __getattr__(self, name: str) -> Any:
+        # `peft.get_peft_model(model, MiLoRAConfig(...))`: PEFT reads one of these first, and from
+        # then on this object is a PEFT config. It is PEFT that asks, so PEFT is imported.
+        asked = ("base_model_name_or_path", "peft_type", "is_prompt_learning")
+        if name in asked and "peft" in sys.modules:
+            from milora.integrations.peft import become_peft_config
+
+            return getattr(become_peft_config(self), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def matches(pattern: str, block: str, path: str) -> bool:
@@ -170,7 +194,8 @@ def _first_match(patterns: dict[str, Any], block: str, path: str, default: Any) 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # NaN and infinity are not
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
@@ -190,5 +215,5 @@ def _check_regex(name: str, pattern: Any) -> None:
         raise ValueError(f"MiLoRAConfig: {name} must hold strings, got {pattern!r}")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"MiLoRAConfig: {name}: {pattern!r} is not a pattern: {error}") from None

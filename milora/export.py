@@ -7,8 +7,10 @@ import os
 import torch
 from torch import Tensor, nn
 
-from milora.adapters import PREFIX, expert_key, write_folder
+from milora.adapter_files import write_folder
+from milora.adapters import expert_key
 from milora.attach import runtime_of
+from milora.experts.dora import row_norm
 from milora.nn import MiLoRALinear
 from milora.routing import RoutingState
 
@@ -23,77 +25,78 @@ def export_route(
     factor c and gate g:  u = 1 − g + g c,  B' = diag(g c / u) B,  m' = u ⊙ ‖W + s B' A‖, which is
     exactly an ordinary DoRA with weights (A, B', m').   [row norms: DoRA, arXiv 2402.09353]
 
+    The scale is folded into B as well, so that alpha = rank for every module: engines that know
+    no patterns then compute the same.
+
     Args:
         state: the route; its prompt `row` is exported. Modules with gate 0 are left out (under
             DoRA too: gate 0 means the bare module).
     Raises:
-        ValueError: the prompt ran on the bare model, or no module of its route is on.
+        ValueError: the prompt ran on the bare model, no module of its route is on, the route is of
+            another model, or a DoRA row cannot be written.
     """
     runtime = runtime_of(model)
     state = state.select(row)
     name = state.adapters[0]
     if name is None or name not in runtime.configs:
         raise ValueError(f"export_route: prompt {row} has adapter {name!r}, nothing to export")
-    config = runtime.configs[name]
+    if state.names != runtime.names or not state.complete:
+        raise ValueError(
+            "export_route: state must be a complete route through this model, got one that "
+            "was made for other modules or never finished"
+        )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    uses_dora = False
-    for index, linears in enumerate(runtime.linears):
-        block = runtime.blocks[index]
+    fan_in_fan_out = False
+    for index, (block, linears) in enumerate(zip(runtime.blocks, runtime.linears, strict=True)):
         gates = state.block_gates[index][0].tolist()
         for linear in linears:
             gate = gates[linear.column]
             if gate == 0 or name not in linear.specs:
                 continue
             path = block.experts[linear.column]
-            a, b, magnitude = _plain(linear, name, gate)
             whole = f"{block.path}.{path}"
-            ranks[whole] = a.shape[0]
-            alphas[whole] = linear.weights(name).scale * a.shape[0]  # PEFT: scale = alpha / rank
-            tensors[expert_key(block.path, path, "lora_A")] = a
-            tensors[expert_key(block.path, path, "lora_B")] = b
-            if magnitude is not None:
-                uses_dora = True
-                tensors[f"{PREFIX}{whole}.lora_magnitude_vector"] = magnitude
+            fan_in_fan_out |= type(linear.base_layer).__name__ == "Conv1D"
+            for tensor, value in _plain(linear, name, gate, whole).items():
+                tensors[expert_key(block.path, path, tensor)] = value.to("cpu").contiguous()
+                if tensor == "lora_A":
+                    ranks[whole] = value.shape[0]
     if not tensors:
         raise ValueError(f"export_route: no module is on in the route of prompt {row}")
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
-    alpha = max(set(alphas.values()), key=list(alphas.values()).count)
-    write_folder(
-        folder,
-        {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()},
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM" if runtime.is_causal else None,
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
-            "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
-            "target_modules": sorted(ranks),
-            "use_dora": uses_dora,
-            "use_rslora": False,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-            "fan_in_fan_out": any(
-                not isinstance(linear.base_layer, nn.Linear) for block in runtime.linears for linear in block
-            ),
-            "base_model_name_or_path": getattr(
-                getattr(runtime.model, "config", None), "_name_or_path", None
-            ),
-            "milora_expert": config.expert,
-        },
-    )  # fmt: skip
+    others = {path: r for path, r in ranks.items() if r != rank}
+    base = getattr(runtime.model, "config", None)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if runtime.is_causal else None,
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "use_dora": any(key.endswith("lora_magnitude_vector") for key in tensors),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+    }
+    write_folder(folder, tensors, config)
 
 
-def _plain(linear: MiLoRALinear, name: str, gate: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A, B and, for a kind with an output vector, DoRA's magnitudes, with the gate folded in."""
+def _plain(linear: MiLoRALinear, name: str, gate: float, path: str) -> dict[str, Tensor]:
+    """One module's float32 tensors, with gate and scale folded in, by PEFT's names."""
     weights = linear.weights(name)
-    a, b = weights.a.float(), weights.b.float()
+    a, b = weights.a.float(), weights.scale * weights.b.float()
     if weights.output is None:
-        return a, gate * b, None
+        return {"lora_A": a, "lora_B": gate * b}
     u = 1.0 + gate * weights.output.float()  # 1 − g + g c
     b = (gate / u)[:, None] * b  # weights.b already holds diag(c) B
-    merged = linear.dense_weight().float() + weights.scale * (b @ a)
-    return a, b, u * merged.norm(dim=1)
+    norm = row_norm(linear.dense_weight(), a, b)
+    if not (b.isfinite().all() and norm.all()):
+        raise ValueError(
+            f"export_route: {path} has a row whose weights vanish, which DoRA's form m W / ‖W‖ "
+            "cannot express"
+        )
+    return {"lora_A": a, "lora_B": b, "lora_magnitude_vector": u * norm}

@@ -8,7 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from milora.adapters import PREFIX, WEIGHTS_FILE, read_config
+from milora.adapter_files import WEIGHTS_FILE, read_config
+from milora.adapters import PREFIX
 from milora.cli.models import user_errors
 from milora.errors import UserError
 from milora.runtime import ROUTER_NAME

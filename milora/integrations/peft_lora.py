@@ -1,76 +1,129 @@
-"""PEFT's LoRA and DoRA adapters: read as experts that are always on, and written from a route."""
+"""PEFT's LoRA and DoRA adapters, read as experts that are always on."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from milora.blocks import find_blocks
 from milora.config import MiLoRAConfig, matches
 from milora.errors import AdapterError
 
 PREFIX = "base_model.model."
-# Options of PEFT's LoraConfig that change the update in ways an expert does not have.
-UNSUPPORTED = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "arrow_config",
-)
+# Keys of LoraConfig that say nothing about the update, or say it in the tensors' names and shapes.
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "sha256",
+    "target_modules",
+    "task_type",
+}
+READ = {"alpha_pattern", "bias", "lora_alpha", "lora_dropout", "r", "use_dora", "use_rslora"}
+# These change the base weights when PEFT builds the adapter, which makes the file a difference to
+# other weights than the model has. PEFT can convert such an adapter when it saves it.
+MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def config_of_lora(
-    model: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+    model: nn.Module, data: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
 ) -> MiLoRAConfig:
     """The configuration, without a router, that a PEFT LoRA folder stands for.
 
+    Args:
+        data: its `adapter_config.json`.
+        shapes: of its tensors, by key. What is targeted and each rank is taken from them.
     Raises:
         milora.AdapterError: it uses what experts do not have, or targets modules outside blocks.
     """
-    problems = [f"{key} is not supported" for key in UNSUPPORTED if data.get(key)]
+    paths = sorted({_module_path(key) for key in shapes})
+    try:
+        blocks = find_blocks(model, MiLoRAConfig(router=False, rank=1))
+    except ValueError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    places = {
+        f"{block.path}.{path}": (block.path, path) for block in blocks for path in block.experts
+    }
+    problems = _unsupported(data)
+    problems += [
+        f"{path} is no linear module inside a block" for path in paths if path not in places
+    ]
+    if not paths:
+        problems.append("it holds no tensors")
+    if not problems:
+        rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
+        first = {path: shapes.get(f"{PREFIX}{path}.lora_A.weight", ())[:1] for path in paths}
+        alphas = {path: _pattern(data.get("alpha_pattern") or {}, path) for path in paths}
+        try:
+            return MiLoRAConfig(
+                router=False,
+                rank=rank,
+                alpha=alpha,
+                expert="dora" if data.get("use_dora") else "lora",
+                rslora=data.get("use_rslora") or False,
+                dropout=data.get("lora_dropout") or 0.0,
+                target_modules=_targets(paths, places),
+                rank_pattern={path: r[0] for path, r in first.items() if r and r[0] != rank},
+                alpha_pattern={path: a for path, a in alphas.items() if a is not None},
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    listed = "\n".join(f"  - {problem}" for problem in problems)
+    raise AdapterError(f"{folder}: this LoRA cannot be read as experts:\n{listed}")
+
+
+def _unsupported(data: dict[str, Any]) -> list[str]:
+    """What the config asks for and an expert cannot do, options of later releases included.
+
+    Variants of LoRA are switched on by a flag, a list or a dict; the numbers and words that they
+    bring along stand in every file.
+    """
+    problems = [
+        f"{key} is not supported, got {value!r}"
+        for key, value in sorted(data.items())
+        if key not in HARMLESS | READ and isinstance(value, bool | dict | list) and value
+    ]
     if data.get("bias", "none") != "none":
         problems.append(f"bias must be 'none', got {data['bias']!r}")
-    paths = sorted({_module_path(key) for key in tensors})
-    everything = MiLoRAConfig(router=False, rank=1)
-    places = {
-        f"{block.path}.{path}": (block.path, path)
-        for block in find_blocks(model, everything)
-        for path in block.experts
-    }
-    problems += [f"{path} is no linear module inside a block" for path in paths if path not in places]
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise AdapterError(f"{folder}: this LoRA cannot be read as experts:\n{listed}")
-    rank = data.get("r", 8)
-    alpha = data.get("lora_alpha", rank)
-    ranks = {p: int(tensors[f"{PREFIX}{p}.lora_A.weight"].shape[0])
-             for p in paths if f"{PREFIX}{p}.lora_A.weight" in tensors}  # fmt: skip
-    alphas = {
-        path: value
-        for path in paths
-        if (value := _pattern(data.get("alpha_pattern") or {}, path)) is not None
-    }
-    try:
-        return MiLoRAConfig(
-            router=False,
-            rank=rank,
-            alpha=alpha,
-            expert="dora" if data.get("use_dora") else "lora",
-            rslora=bool(data.get("use_rslora")),
-            dropout=float(data.get("lora_dropout") or 0.0),
-            target_modules=_targets(paths, places),
-            rank_pattern={path: value for path, value in ranks.items() if value != rank},
-            alpha_pattern=alphas,
+    start = data.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(MUTATING):
+        problems.append(
+            f"init_lora_weights={start!r} changed the base weights; save it once more with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    except ValueError as error:
-        raise AdapterError(f"{folder}: this LoRA cannot be read as experts: {error}") from None
+    patterns = data.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(_compiles(key) for key in patterns):
+        problems.append(f"alpha_pattern must map patterns to numbers, got {patterns!r}")
+    return problems
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _module_path(key: str) -> str:
@@ -78,13 +131,13 @@ def _module_path(key: str) -> str:
 
 
 def _pattern(patterns: dict[str, Any], path: str) -> Any:
-    block, _, name = path.rpartition(".")
-    return next((value for key, value in patterns.items() if matches(key, block, name)), None)
+    """The value of the first pattern that matches, as PEFT's `get_pattern_key` does it."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(found, None)
 
 
 def _targets(paths: list[str], places: dict[str, tuple[str, str]]) -> list[str]:
-    """Paths inside a block where every block has the same ones, else whole paths."""
+    """Paths inside a block where these select exactly the LoRA's modules, else whole paths."""
     inner = sorted({places[path][1] for path in paths})
-    blocks = {block for block, _ in places.values()}
-    whole = {f"{block}.{path}" for block in blocks for path in inner} & set(places)
-    return inner if whole == set(paths) else paths
+    selected = [p for p, place in places.items() if any(matches(i, *place) for i in inner)]
+    return inner if sorted(selected) == paths else paths

@@ -11,6 +11,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from milora.errors import UserError
 
@@ -36,6 +37,11 @@ EPILOG = """examples:
   milora inspect ./adapter
 """
 
+DEMO_EPILOG = """examples:
+  milora demo                             (a few minutes on two cores)
+  milora demo --json demo.json --out demo
+"""
+
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser. Only `command`'s own options are built: the others would import their modules."""
@@ -56,7 +62,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=getattr(module, "EPILOG", None),
+            epilog=getattr(module, "EPILOG", DEMO_EPILOG if name == "demo" else None),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -74,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = next((word for word in argv if not word.startswith("-")), None)
         namespace = build_parser(command).parse_args(argv)
+        _check_json_target(getattr(namespace, "json", None))
         return namespace.run(namespace)
     except SystemExit as stop:  # argparse: --help and its own complaints
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
@@ -92,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     except Exception as error:
         return _report_failure(error, debug)
+
+
+def _check_json_target(target: str | None) -> None:
+    """An hour of training must not end at a file that cannot be written."""
+    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
+        raise UserError(f"cannot write {target}: there is no such folder")
 
 
 def _report_failure(error: Exception, debug: bool) -> int:

@@ -71,9 +71,15 @@ def write_json(target: str | None, result: dict[str, Any]) -> None:
         raise UserError(f"cannot write {target}: {error.strerror}") from None
 
 
-def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+def print_table(
+    title: str,
+    rows: list[tuple[str, ...]],
+    columns: tuple[str, ...],
+    *,
+    show_header: bool = True,
+) -> None:
     """A table on stdout; numbers on the right, names on the left."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=show_header)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

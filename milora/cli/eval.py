@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milora.cli.console import add_json_option, print_table, write_json
-from milora.cli.models import add_model_options, load_adapter, load_model
+from milora.cli.models import add_model_options, load_adapter, load_model, user_errors
 from milora.errors import UserError, suggestion
 
 EPILOG = """examples:
@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
     parser.add_argument("--batch-size", default="8", metavar="N", help="or auto (default: 8)")
     parser.add_argument("--max-length", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument(
+        "--answer-room",
+        type=int,
+        metavar="N",
+        help="tokens kept free for answers when a context is cut (default: a quarter, up to 256)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of few-shot choices")
     parser.add_argument(
         "--chat", action="store_true", help="put prompts through the tokenizer's chat template"
@@ -61,7 +67,14 @@ def run(namespace: argparse.Namespace) -> int:
 
     manager = TaskManager(include_path=namespace.include_path)
     tasks = _known_tasks(namespace.tasks, manager)
-    harness = MiLoRALM(model, tokenizer, batch_size=batch_size, max_length=namespace.max_length)
+    with user_errors(ValueError):
+        harness = MiLoRALM(
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            max_length=namespace.max_length,
+            answer_room=namespace.answer_room,
+        )
     try:
         report = lm_eval.simple_evaluate(
             model=harness,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from milora.cli.console import add_json_option, progress, stdout, write_json
+from milora.cli.console import add_json_option, progress, write_json
 from milora.cli.models import add_model_options, load_adapter, load_model
 from milora.cli.prompts import (
     add_prompt_options,
@@ -118,10 +118,10 @@ def _result(tokenizer, new: list[int], state, row: int) -> dict[str, Any]:
 
 
 def _print(answers: list[dict[str, Any]]) -> None:
-    console = stdout()
+    # Not through rich: it would drop control characters from the model's text.
     for number, answer in enumerate(answers, start=1):
         if len(answers) > 1:
-            console.print(f"--- {number}: {answer['prompt']}", markup=False)
-        console.print(answer["completion"], markup=False)
+            print(f"--- {number}: {answer['prompt']}")
+        print(answer["completion"])
         for layer, names in enumerate(answer.get("experts", [])):
-            console.print(f"    block {layer}: {', '.join(names)}", markup=False)
+            print(f"    block {layer}: {', '.join(names)}")

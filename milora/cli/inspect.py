@@ -47,14 +47,20 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.json != "-":
         _print_size(size)
     if groups:
-        base = namespace.model or size.config.get("base_model_name_or_path")
-        if not base:
-            raise UserError("--model is required: the adapter does not name its base model")
+        base = namespace.model or _named_base(size.config)
         result["routing"] = _draw_routing(base, groups, namespace)
         result["plot"] = namespace.plot
         note(f"heat map drawn in {namespace.plot}")
     write_json(namespace.json, result)
     return 0
+
+
+def _named_base(config: dict[str, Any]) -> str:
+    """The base model that the adapter names, if it is here: only the user asks for a download."""
+    base = config.get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        raise UserError(f"--model is required: the adapter's base model is {base or 'not named'}")
+    return base
 
 
 def _print_size(size) -> None:
@@ -71,7 +77,7 @@ def _print_size(size) -> None:
         ("activated for a prompt, at most", f"{size.activated:,}"),
         ("activated for a prompt, mean", f"{size.activated_mean:,.0f}"),
     ]
-    print_table(size.folder, rows, ("", ""))
+    print_table(size.folder, rows, ("", ""), show_header=False)
 
 
 _SHOWN = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -89,7 +88,8 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto"):
     """
     local = is_local(model)
     if local:
-        model = str(Path(model).expanduser())
+        # Absolute, since adapters keep the name of their base, and are used from other folders.
+        model = str(Path(model).expanduser().resolve())
         go_offline()
     device = pick_device(device)
     quiet()
@@ -176,15 +176,6 @@ def _num_elements(file: Path) -> int:
     with safe_open(file, framework="pt") as tensors:  # reads the header alone
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     return sum(torch.Size(shape).numel() for shape in shapes)
-
-
-def adapter_base(adapter: Path) -> str | None:
-    """The base model that an adapter's config names, if any."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter} is no adapter folder: {error}") from None
-    return config.get("base_model_name_or_path") if isinstance(config, dict) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -10,9 +10,10 @@ Policies:
 - A context that leaves fewer than `answer_room` of the model's `max_length` tokens is cut from the
   left to leave just that room, whatever its answers are. The harness itself cuts by each answer's
   length, which would let the answer choose which tokens are routed on.
-- A rolling perplexity has no prompt. Each window routes on the tokens that stand before its scored
-  ones: the prefix token (begin or end of text) in the first window, the one overlapping token in
-  later ones. So no scored token is routed on, and a value compares only with values of this policy.
+- A rolling perplexity has no prompt. Each window routes on the tokens that the harness puts before
+  its scored ones: the prefix token (begin or end of text) in the first window, one token of the
+  text in later ones, more in the last, which is filled up. So no window routes on a token that it
+  scores; values compare only with values of this policy.
 - A task that writes its candidates into the *context* (WinoGrande's form) does show them to the
   router; that is the task's own prompt.
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 import milora
+from milora.errors import UserError
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -35,6 +37,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class AnswerTooLong(UserError, ValueError):
+    """An answer that does not fit behind its context, cut to leave `answer_room` tokens."""
 
 
 class MiLoRALM(HFLM):
@@ -49,8 +55,8 @@ class MiLoRALM(HFLM):
         options: further arguments of HFLM (max_length, add_bos_token, ...).
 
     Raises:
-        ValueError: an encoder-decoder model, or an answer too long for `answer_room` behind its
-            (cut) context.
+        ValueError: an encoder-decoder model, or `answer_room` out of range.
+        AnswerTooLong: (while scoring) an answer does not fit behind its context.
     """
 
     def __init__(
@@ -78,8 +84,10 @@ class MiLoRALM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs=None
     ) -> list[tuple[float, bool]]:
+        # A rolling window comes without texts, and fits as it is.
         requests = [
-            (text, self._cut(context, answer), answer) for text, context, answer in requests
+            (texts, context if texts is None else self._cut(context, answer), answer)
+            for texts, context, answer in requests
         ]
         # HFLM sorts its rows by this same key, and Python's sort keeps the order of equal keys.
         order = sorted(requests, key=lambda r: (-len(r[1]) - len(r[2]), (*r[1], *r[2])))
@@ -91,7 +99,7 @@ class MiLoRALM(HFLM):
         context = context[-room:]
         # The answer's last token is scored but never fed, hence the one.
         if len(context) + len(answer) - 1 > self.max_length:
-            raise ValueError(
+            raise AnswerTooLong(
                 f"MiLoRALM: an answer of {len(answer)} tokens does not fit behind its context of "
                 f"{len(context)} tokens in max_length {self.max_length}; raise answer_room"
             )

@@ -1,0 +1,561 @@
+"""The command line, run as a user would: results, exit codes, and errors in plain words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import milora
+import milora.cli
+import milora.cli.memory
+from milora.cli import COMMANDS, main
+from milora.cli.models import load_model
+from milora.train.interrupt import InterruptCallback
+from milora.train.metrics import read_metrics
+from tests.tiny import save_tiny_model, sums, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+PNG = b"\x89PNG"
+SHORT = ["--max-steps", "6", "--eval-every", "2", "--log-every", "1", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_is_undone():
+    level = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> SimpleNamespace:
+    """A model folder, data, and an adapter that `milora train` made."""
+    root = tmp_path_factory.mktemp("cli")
+    files = SimpleNamespace(
+        root=root,
+        model=save_tiny_model(root / "model"),
+        data=write_jsonl(root / "train.jsonl", sums(40)),
+        adapter=str(root / "adapter"),
+        summary=str(root / "summary.json"),
+    )
+    argv = ["train", "--model", files.model, "--data", files.data, "--output", files.adapter]
+    assert main([*argv, *SHORT, "--lr", "0.05", "--json", files.summary]) == 0
+    return files
+
+
+def run_json(capsys, argv: list[str]) -> dict:
+    capsys.readouterr()
+    assert main([*argv, "--json", "-"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(capsys, command):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: milora {command}" in out
+    assert f"milora {command}" in out.split("usage:")[1].split("\n\n", 1)[1], "no example"
+
+
+def test_version_and_usage(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"milora {milora.__version__}"
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert "invalid choice: 'trian'" in err and "Traceback" not in err
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+def test_train_leaves_an_adapter_metrics_and_a_plot(home):
+    folder = Path(home.adapter)
+    summary = json.loads(Path(home.summary).read_text())
+    assert summary["steps"] == summary["planned_steps"] == 6
+    assert summary["best_perplexity"] > 1
+    assert (folder / "training.png").read_bytes().startswith(PNG)
+    experts, lines = read_metrics(folder / "metrics.jsonl")
+    assert [len(block) for block in experts] == [7, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval_perplexity" in line] == [2, 4, 6]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["rank"], config["top_k"], config["pooler"]) == (32, 3, "self_attention")
+    assert (config["activation"], config["balance_coef"]) == ("rational", 0.01)
+
+
+def test_paper_defaults():
+    options = milora.cli.train_options.TrainOptions()
+    assert (options.lr, options.activation_lr, options.schedule) == (1e-4, 1e-6, "linear")
+    assert (options.warmup, options.patience, options.rank, options.top_k) == (0.06, 10, 32, 3)
+    assert milora.cli.train_options.TrainOptions().balance_coef == 1e-2
+
+
+def test_every_adapter_option_reaches_the_config(home, tmp_path):
+    argv = ["train", "--model", home.model, "--data", home.data, "--output", str(tmp_path / "a")]
+    given = {
+        "expert": "dora", "rank": "4", "alpha": "8", "top-k": "2", "pooler": "mean",
+        "activation": "gelu", "gate": "renormalized", "router-norm": "rms",
+        "balance-coef": "0.1", "dropout": "0.1", "seed": "7",
+    }  # fmt: skip
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    flags += ["--target-modules", "q_proj", "v_proj", "--rslora", "--no-plot"]
+    assert main([*argv, *flags, "--max-steps", "1", "--dev-share", "0"]) == 0
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    expected = {
+        "expert": "dora", "rank": 4, "alpha": 8.0, "top_k": 2, "pooler": "mean",
+        "activation": "gelu", "gate": "renormalized", "router_norm": "rms", "rslora": True,
+        "balance_coef": 0.1, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "seed": 7,
+    }  # fmt: skip
+    assert {name: config[name] for name in expected} == expected
+    assert not (tmp_path / "a/training.png").exists()
+
+
+def test_chat_data_checkpointing_and_the_dev_set_as_activation_data(home, tmp_path):
+    chat = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    ] * 4
+    data = write_jsonl(tmp_path / "chat.jsonl", chat)
+    output = str(tmp_path / "a")
+    argv = ["train", "--model", home.model, "--data", data, "--dev-data", data]
+    argv += ["--activation-data", "dev", "--gradient-checkpointing", "--output", output]
+    assert main([*argv, "--max-steps", "2", "--eval-every", "1", "--rank", "4"]) == 0
+
+
+def _interrupt(argv: list[str], after: str) -> tuple[int, str]:
+    """Run the command in its own process and send it Ctrl-C when it prints `after`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "milora", *argv],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if after in line:
+            process.send_signal(signal.SIGINT)
+            after = "\0"
+    return process.wait(timeout=120), "".join(seen)
+
+
+def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(home, tmp_path):
+    argv = ["train", "--model", home.model, "--data", home.data, "--max-steps", "60"]
+    argv += ["--eval-every", "25", "--log-every", "1", "--lr", "0.01", "--rank", "4", "--no-plot"]
+    parts, whole = str(tmp_path / "parts"), str(tmp_path / "whole")
+    code, err = _interrupt([*argv, "--output", parts], after="step 3/60")
+    assert code == 130, err
+    assert "Traceback" not in err and f"milora train --resume --output {parts}" in err
+    (checkpoint,) = Path(parts).glob("checkpoint-*")
+    assert 3 <= int(checkpoint.name.rpartition("-")[2]) < 25
+    assert not (Path(parts) / "adapter_config.json").exists()
+    assert main(["train", "--resume", "--output", parts, "--no-plot"]) == 0
+    assert main([*argv, "--output", whole]) == 0
+    mine, theirs = (load_file(Path(f) / "adapter_model.safetensors") for f in (parts, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    stop = InterruptCallback()
+    with stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_elsewhere_is_130_too(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("milora.cli.inspect.run", interrupted)
+    assert main(["inspect", "somewhere"]) == 130
+    assert capsys.readouterr().err == "\nmilora: interrupted\n"
+
+
+# ---- generate, inspect, export ------------------------------------------------------------------
+
+
+def _attached(home):
+    model, tokenizer = load_model(home.model, device="cpu")
+    return milora.load(model, home.adapter), tokenizer
+
+
+def test_generate_answers_as_the_library_does(home, capsys):
+    argv = ["generate", "--model", home.model, "--adapter", home.adapter, "--max-new-tokens", "4"]
+    prompts = ["1+1=", "a longer prompt: 20+6="]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
+    answers = run_json(capsys, [*argv, *flags, "--routes"])["answers"]
+    assert [answer["prompt"] for answer in answers] == prompts
+    model, tokenizer = _attached(home)
+    for answer, prompt in zip(answers, prompts, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        with milora.record_routing(model) as states:
+            new = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        text = tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer["completion"] == text
+        assert answer["experts"] == [list(states[0].active_names(layer)) for layer in range(2)]
+
+
+def test_generate_reads_standard_input_and_prints_text(home, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", (tmp_path / "in").open("w+"))
+    sys.stdin.write("2+2=")
+    sys.stdin.seek(0)
+    argv = ["generate", "--model", home.model, "--adapter", home.adapter, "--max-new-tokens", "3"]
+    assert main([*argv, "--chat", "--beams", "2", "--json", str(tmp_path / "out.json")]) == 0
+    (answer,) = json.loads((tmp_path / "out.json").read_text())["answers"]
+    assert answer["prompt"] == "2+2=" and 1 <= answer["new_tokens"] <= 3
+    assert capsys.readouterr().out == answer["completion"] + "\n"
+
+
+def test_inspect_counts_what_the_library_counts(home, capsys):
+    parameters = run_json(capsys, ["inspect", home.adapter])["parameters"]
+    count = milora.count_parameters(_attached(home)[0])
+    assert parameters == {
+        "total": count.trainable, "experts": count.experts, "router": count.router,
+        "pooler": count.pooler, "activation": count.activation, "activated": count.activated,
+        "activated_mean": round(count.activated_mean, 1),
+    }  # fmt: skip
+    assert main(["inspect", home.adapter]) == 0
+    assert f"{count.activated:,}" in capsys.readouterr().out
+
+
+def test_inspect_draws_where_prompts_go(home, capsys, tmp_path):
+    plot = tmp_path / "routing.png"
+    argv = ["inspect", home.adapter, "--prompts", home.data, "--prompt", "abc", "--plot", str(plot)]
+    result = run_json(capsys, argv)
+    assert plot.read_bytes().startswith(PNG)
+    assert set(result["routing"]) == {"--prompt", "train"}
+    for shares in result["routing"].values():
+        assert list(shares) == ["model.layers.0", "model.layers.1"]
+        for block in shares.values():
+            assert sum(block.values()) == pytest.approx(3, abs=1e-5)  # top_k of them, each prompt
+
+
+def test_an_exported_route_is_an_ordinary_lora(home, capsys, tmp_path):
+    peft = pytest.importorskip("peft")
+    output = str(tmp_path / "lora")
+    argv = ["export", home.adapter, "--model", home.model, "--prompt", "3+4=", "--output", output]
+    experts = run_json(capsys, argv)["experts"]
+    assert all(len(names) == 3 for names in experts.values())
+    model, tokenizer = _attached(home)
+    ids = tokenizer("3+4=", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**ids, use_cache=True).logits
+        bare, _ = load_model(home.model, device="cpu")
+        actual = peft.PeftModel.from_pretrained(bare, output)(**ids).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+TRAIN = ["train", "--model", "{model}", "--data", "{data}", "--output", "{tmp}/new"]
+MISTAKES = {
+    "no model folder": (
+        ["train", "--model", "./nowhere", "--data", "{data}", "--output", "{tmp}/new"],
+        "no model folder at ./nowhere",
+    ),
+    "no model": (["train", "--data", "{data}", "--output", "{tmp}/new"], "--model is required"),
+    "no data file": (
+        ["train", "--model", "{model}", "--data", "{tmp}/none.jsonl", "--output", "{tmp}/new"],
+        "no such file: {tmp}/none.jsonl",
+    ),
+    "a bad line": (
+        ["train", "--model", "{model}", "--data", "{bad}", "--output", "{tmp}/new"],
+        "{bad}:3: not valid JSON: Expecting ',' delimiter at column",
+    ),
+    "an unknown module": ([*TRAIN, "--target-modules", "qproj"], "q_proj"),
+    "an unknown expert": ([*TRAIN, "--expert", "lorra"], "lora"),
+    "a rank out of range": ([*TRAIN, "--rank", "0"], "rank must be an integer in [1, 256], got 0"),
+    "a batch of nothing": ([*TRAIN, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    "an unknown schedule": ([*TRAIN, "--schedule", "sideways"], "sideways"),
+    "an unknown device": ([*TRAIN, "--device", "gpu"], "--device must be auto, cpu or cuda[:N]"),
+    "not a causal model": (
+        ["train", "--model", "{bert}", "--data", "{data}", "--output", "{tmp}/new"],
+        "is not a causal language model: its class is BertForMaskedLM",
+    ),
+    "not a model": (
+        ["train", "--model", "{tmp}", "--data", "{data}", "--output", "{tmp}/new"],
+        "cannot read {tmp} as a model",
+    ),
+    "pickled weights": (
+        ["train", "--model", "{pickled}", "--data", "{data}", "--output", "{tmp}/new"],
+        "has no .safetensors weights",
+    ),
+    "an earlier run": (
+        ["train", "--model", "{model}", "--data", "{data}", "--output", "{adapter}"],
+        "holds the checkpoints of an earlier run",
+    ),
+    "nothing to resume": (["train", "--resume", "--output", "{tmp}"], "nothing to resume in {tmp}"),
+    "another experiment": (
+        ["train", "--resume", "--output", "{adapter}", "--lr", "0.5"],
+        "a resumed run keeps its options; these differ: lr 0.05 -> 0.5",
+    ),
+    "an output that is a file": (
+        ["train", "--model", "{model}", "--data", "{data}", "--output", "{data}"],
+        "cannot write to folder {data}",
+    ),
+    "no adapter": (
+        ["generate", "--model", "{model}", "--adapter", "{tmp}/none", "--prompt", "x"],
+        "no adapter folder at {tmp}/none",
+    ),
+    "a folder without adapter": (["inspect", "{tmp}"], "no adapter in {tmp}"),
+    "a damaged adapter": (
+        ["generate", "--model", "{model}", "--adapter", "{damaged}", "--prompt", "x"],
+        "the file is damaged",
+    ),
+    "an empty prompt": (
+        ["generate", "--model", "{model}", "--adapter", "{adapter}", "--prompt", " "],
+        "--prompt: the prompt is empty",
+    ),
+    "routes of the bare model": (
+        ["generate", "--model", "{model}", "--routes", "--prompt", "x"],
+        "--routes needs --adapter",
+    ),
+    "two prompts to export": (
+        ["export", "{adapter}", "--model", "{model}", "--prompt", "a", "--prompt", "b",
+         "--output", "{tmp}/new"],
+        "give exactly one prompt, or --route",
+    ),
+    "no route file": (
+        ["export", "{adapter}", "--model", "{model}", "--route", "{tmp}/r", "--output", "{tmp}/n"],
+        "no file {tmp}/r",
+    ),
+    "an unwritable result": (
+        ["inspect", "{adapter}", "--json", "{tmp}/no/where.json"],
+        "cannot write {tmp}/no/where.json",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(home, tmp_path_factory) -> dict[str, str]:
+    """Folders and files with something wrong in them."""
+    root = tmp_path_factory.mktemp("broken")
+    bad = root / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a" "completion": "b"}\n')
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(root / "bert")
+    (root / "pickled").mkdir()
+    Path(root / "pickled/config.json").write_bytes(Path(home.model, "config.json").read_bytes())
+    torch.save({}, root / "pickled/pytorch_model.bin")
+    (root / "damaged").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        content = bytearray(Path(home.adapter, name).read_bytes())
+        content[-9] ^= name.endswith("safetensors")
+        (root / "damaged" / name).write_bytes(content)
+    return {
+        "bad": str(bad), "bert": str(root / "bert"), "pickled": str(root / "pickled"),
+        "damaged": str(root / "damaged"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_a_message_and_no_traceback(home, broken, capsys, tmp_path, name):
+    argv, message = MISTAKES[name]
+    values = {
+        "model": home.model, "data": home.data, "adapter": home.adapter, "tmp": str(tmp_path),
+        **broken,
+    }  # fmt: skip
+    capsys.readouterr()
+    code = main([word.format(**values) for word in argv])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    assert "milora: error: " in err and "Traceback" not in err
+    assert message.format(**values) in err
+
+
+def test_too_little_memory_is_said_before_loading(home, capsys, monkeypatch, tmp_path):
+    argv = [word.format(model=home.model, data=home.data, tmp=tmp_path) for word in TRAIN]
+    monkeypatch.setattr(milora.cli.memory, "free_bytes", lambda device: 1000)
+    assert main(argv) == 2
+    assert "too little memory: the model in" in capsys.readouterr().err
+
+    monkeypatch.setattr(milora.cli.memory, "free_bytes", lambda device: 2**40)
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")):
+        monkeypatch.setattr("milora.cli.inspect.run", _raiser(error))
+        assert main(["inspect", "x"]) == 2
+        assert "out of memory" in capsys.readouterr().err
+
+
+def _raiser(error: Exception):
+    def run(namespace):
+        raise error
+
+    return run
+
+
+def test_an_internal_failure_is_1_with_a_traceback_only_for_debug(capsys, monkeypatch):
+    monkeypatch.setattr("milora.cli.inspect.run", _raiser(ZeroDivisionError("oops")))
+    assert main(["inspect", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "internal error: ZeroDivisionError: oops" in err and "Traceback" not in err
+    assert main(["inspect", "x", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_local_model_makes_no_network_call(home, capsys, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"network call: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    argv = [word.format(model=home.model, data=home.data, tmp=tmp_path) for word in TRAIN]
+    assert main([*argv, "--max-steps", "1", "--rank", "4"]) == 0
+    argv = ["generate", "--model", home.model, "--adapter", str(tmp_path / "new")]
+    assert main([*argv, "--prompt", "x", "--max-new-tokens", "1"]) == 0
+
+
+# ---- eval ---------------------------------------------------------------------------------------
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: {target}
+{choices}
+metric_list: [{{metric: {metric}}}]
+"""
+LONG = "a question that is far too long for this model, which has room for few tokens: x"
+QUESTIONS = ["2+2=", "is it late?", LONG, "name it:"]
+CANDIDATES = {"one": ["yes", "no"], "two": ["a longer one", "x", "another"]}
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch) -> Path:
+    """Two multiple-choice tasks, of the same questions with other answers; and a rolling one."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, choices in CANDIDATES.items():
+        rows = [{"question": q, "choices": choices, "answer": 0} for q in QUESTIONS]
+        text = TASK.format(
+            name=name, data=write_jsonl(tmp_path / f"{name}.jsonl", rows), kind="multiple_choice",
+            target="answer", choices='doc_to_choice: "{{choices}}"', metric="acc",
+        )  # fmt: skip
+        (folder / f"{name}.yaml").write_text(text)
+    rows = [{"question": "", "text": "some running text"}, {"question": "", "text": "more " * 30}]
+    text = TASK.format(
+        name="rolling", data=write_jsonl(tmp_path / "rolling.jsonl", rows), choices="",
+        kind="loglikelihood_rolling", target='"{{text}}"', metric="word_perplexity",
+    )  # fmt: skip
+    (folder / "rolling.yaml").write_text(text)
+    return folder
+
+
+def _routes(home, tasks: Path, name: str, **options) -> dict[tuple[int, ...], torch.Tensor]:
+    """Evaluate a task; the gates of each context that a forward saw, by its tokens."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from milora.integrations.lm_eval import MiLoRALM
+
+    model, tokenizer = _attached(home)
+    harness = MiLoRALM(model, tokenizer, batch_size=3, max_length=48, **options)
+    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    call = harness._model_call
+
+    def watched(inps, *args, **kwargs):
+        with milora.record_routing(model) as states:
+            logits = call(inps, *args, **kwargs)
+        for row, length in enumerate(states[0].prompt_lengths.tolist()):
+            seen[tuple(inps[row, :length].tolist())] = states[0].gates[:, row]
+        return logits
+
+    harness._model_call = watched
+    lm_eval.simple_evaluate(
+        model=harness, tasks=[name], bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+    )  # fmt: skip
+    return seen
+
+
+def test_another_candidate_answer_never_changes_a_route(home, tasks):
+    first, second = _routes(home, tasks, "one"), _routes(home, tasks, "two")
+    assert set(first) == set(second) and len(first) == len(QUESTIONS)
+    for context, gates in first.items():
+        assert torch.equal(gates > 0, second[context] > 0)
+        # Equal but for the base's own rounding, which changes with the padded length.
+        torch.testing.assert_close(gates, second[context], rtol=1e-4, atol=1e-6)
+    tokenizer = load_model(home.model, device="cpu")[1]
+    long = tokenizer(LONG)["input_ids"]
+    assert tuple(long[-36:]) in first  # 48 less a quarter, whatever the answers' lengths
+
+
+def test_rolling_perplexity_routes_on_what_is_not_scored(home, tasks):
+    contexts = set(_routes(home, tasks, "rolling"))
+    assert (1,) in contexts  # <s>, the prefix of each first window
+    # 150 tokens in windows of 48: the last one scores 6, behind 48 - 6 + 1 that were scored before.
+    assert {len(context) for context in contexts} == {1, 43}
+
+
+def test_without_our_subclass_the_harness_is_refused(home, tasks):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = _attached(home)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="prompt_lengths"):
+        harness._loglikelihood_tokens([(("a", "b"), [5, 6], [7])])
+
+
+def test_an_answer_without_room_and_a_changed_order_are_errors(home, tasks):
+    from milora.integrations.lm_eval import MiLoRALM
+
+    model, tokenizer = _attached(home)
+    harness = MiLoRALM(model, tokenizer, max_length=32, answer_room=4)
+    with pytest.raises(ValueError, match="an answer of 9 tokens does not fit behind its context"):
+        harness._loglikelihood_tokens([(("a", "b"), [5] * 40, [7] * 9)])
+    with (
+        harness._expecting([(None, [5, 6], [7])]),
+        pytest.raises(RuntimeError, match="another order"),
+    ):
+        harness._model_call(torch.tensor([[9, 9]]))
+    with pytest.raises(ValueError, match=r"answer_room must be in \[1, 31\], got 32"):
+        MiLoRALM(model, tokenizer, max_length=32, answer_room=32)
+
+
+def test_eval_command(home, tasks, capsys):
+    argv = ["eval", "--model", home.model, "--adapter", home.adapter]
+    argv += ["--tasks", "one,two", "--include-path", str(tasks), "--max-length", "48"]
+    results = run_json(capsys, argv)["results"]
+    assert set(results) == {"one", "two"} and 0 <= results["one"]["acc"] <= 1
+    assert main([*argv, "--limit", "2", "--batch-size", "auto"]) == 0
+    assert "acc" in capsys.readouterr().out
+    for extra, message in {
+        ("--tasks", "onee"): "unknown task 'onee'. Did you mean one",
+        ("--include-path", "/nowhere"): "no folder at --include-path /nowhere",
+        ("--answer-room", "2"): "an answer of 13 tokens does not fit behind its context",
+        ("--batch-size", "many"): "--batch-size must be a positive number or auto, got 'many'",
+    }.items():
+        assert main([*argv, *extra]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_eval_without_the_harness_says_how_to_get_it(home, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
+    assert main(["eval", "--model", home.model, "--tasks", "x"]) == 2
+    assert "pip install 'lm_eval" in capsys.readouterr().err

@@ -31,6 +31,12 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+// The larger of each pair, NaN if either is (as torch.amax).
+inline Vec max_or_nan(Vec a, Vec b) {
+  const __mmask16 take =
+      _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
+  return _mm512_mask_blend_ps(take, a, b);
+}
 
 inline Vec widen(__m256i half, const Bf16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -90,6 +96,11 @@ inline float sum(Vec a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec max_or_nan(Vec a, Vec b) {
+  const Vec take =
+      _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_GT_OQ), _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
+  return _mm256_blendv_ps(a, b, take);
+}
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
@@ -127,6 +138,7 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // two roundings, the same everywhere
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline Vec max_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
 inline float bits_to_float(uint32_t bits) {
   float value;

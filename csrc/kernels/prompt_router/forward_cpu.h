@@ -58,13 +58,11 @@ void pool_chunk(const RouterWork& work, int64_t index) {
     case Pooler::kMax:
       for (int64_t c = 0; c < p.d; c += kLanes) {
         const int64_t count = p.d - c < kLanes ? p.d - c : kLanes;
-        alignas(64) float best[kLanes], row[kLanes];
-        store(best, load_upto(h + c, count));
+        Vec best = load_upto(h + c, count);
         for (int64_t t = 1; t < n; ++t) {
-          store(row, load_upto(h + t * p.h_stride + c, count));
-          for (int i = 0; i < kLanes; ++i) best[i] = max_or_nan(best[i], row[i]);
+          best = max_or_nan(best, load_upto(h + t * p.h_stride + c, count));
         }
-        store_upto(vector + c, load(best), count);
+        store_upto(vector + c, best, count);
       }
       break;
     case Pooler::kLast: {

@@ -79,7 +79,7 @@ class GenerateMethods:
 
     def generate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime = self.runtime
-        adapters = kwargs.pop("adapter_names", None)
+        adapters = kwargs.pop("adapter_names", runtime.local.adapter_names)
         if runtime.local.disabled or (runtime.active is None and adapters is None):
             return original(*args, **kwargs)
         arguments = dict(zip(inspect.signature(original).parameters, args, strict=False))

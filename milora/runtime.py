@@ -36,6 +36,7 @@ class Local(threading.local):
     prompt_lengths: Any = None
     generation: Any = None
     disabled: bool = False
+    adapter_names: list | None = None  # of forwards and generate() calls that name none themselves
 
     def __deepcopy__(self, memo: dict) -> Local:
         return Local()
@@ -98,7 +99,7 @@ class Runtime:
             call.depth += 1
             return None
         self.local.call = None
-        names = kwargs.get("adapter_names")
+        names = kwargs.get("adapter_names", self.local.adapter_names)
         if "adapter_names" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
         if self.local.disabled or (

@@ -19,7 +19,7 @@ from milora.data import CompletionCollator
 from milora.train import MiLoRACallback, MiLoRATrainer
 from milora.train.bilevel import ACTIVATION_STATE
 from milora.train.metrics import mean_shares, read_metrics, short_names
-from tests.tiny import tiny_llama
+from text_model import tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -441,9 +441,9 @@ def test_experts_of_one_name_stay_apart():
 WORKER = """
 import json, os, sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import milora
-from tests.test_bilevel import examples, make_trainer
+from test_bilevel import examples, make_trainer
 trainer = make_trainer(
     {output!r} + os.environ["RANK"],
     arguments={{"max_steps": 3, "per_device_train_batch_size": {batch}}},
@@ -478,6 +478,7 @@ def _launch(output, world_size: int, batch: int) -> list:
     return [torch.load(f"{output}{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_step_of_one(tmp_path):
     first, second = _launch(tmp_path / "two", 2, batch=2)
     (alone,) = _launch(tmp_path / "one", 1, batch=4)

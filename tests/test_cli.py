@@ -23,7 +23,7 @@ from milora.cli import COMMANDS, main
 from milora.cli.models import load_model
 from milora.train.interrupt import InterruptCallback
 from milora.train.metrics import read_metrics
-from tests.tiny import save_tiny_model, sums, write_jsonl
+from text_model import save_tiny_model, sums, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG"
@@ -154,6 +154,7 @@ def _interrupt(argv: list[str], after: str) -> tuple[int, str]:
     return process.wait(timeout=120), "".join(seen)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(home, tmp_path):
     argv = ["train", "--model", home.model, "--data", home.data, "--max-steps", "60"]
     argv += ["--eval-every", "25", "--log-every", "1", "--lr", "0.01", "--rank", "4", "--no-plot"]
@@ -413,6 +414,13 @@ def test_an_internal_failure_is_1_with_a_traceback_only_for_debug(capsys, monkey
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_missing_optional_package_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("milora.cli.inspect.run", _raiser(ModuleNotFoundError(name="matplotlib")))
+    assert main(["inspect", "x"]) == 2
+    err = capsys.readouterr().err
+    assert "needs matplotlib" in err and "pip install 'milora[cli]'" in err
+
+
 def test_a_local_model_makes_no_network_call(home, capsys, monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise AssertionError(f"network call: {args}")
@@ -548,7 +556,7 @@ def test_eval_command(home, tasks, capsys):
     for extra, message in {
         ("--tasks", "onee"): "unknown task 'onee'. Did you mean one",
         ("--include-path", "/nowhere"): "no folder at --include-path /nowhere",
-        ("--answer-room", "2"): "an answer of 13 tokens does not fit behind its context",
+        ("--answer-room", "2"): "tokens does not fit behind its context of 46 tokens",
         ("--batch-size", "many"): "--batch-size must be a positive number or auto, got 'many'",
     }.items():
         assert main([*argv, *extra]) == 2

@@ -37,6 +37,7 @@ EPILOG = """examples:
   milora inspect ./adapter
 """
 
+OPTIONAL = ("accelerate", "matplotlib", "psutil", "rich", "transformers")  # of milora[cli]
 DEMO_EPILOG = """examples:
   milora demo                             (a few minutes on two cores)
   milora demo --json demo.json --out demo
@@ -97,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `milora ... | head`: the reader left, which is no failure
         sys.stderr.close()
         return EXIT_OK
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in OPTIONAL:
+            return _report_failure(error, debug)
+        print(f"milora: error: this command needs {error.name}", file=sys.stderr)
+        print("milora: hint: pip install 'milora[cli]'", file=sys.stderr)
+        return EXIT_USAGE
     except Exception as error:
         return _report_failure(error, debug)
 

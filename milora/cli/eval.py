@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "milora eval needs lm-evaluation-harness", hint="pip install 'lm_eval>=0.4.9,<0.5'"
+            "milora eval needs lm-evaluation-harness", hint="pip install 'lm_eval>=0.4.13,<0.5'"
         )
     if namespace.include_path and not Path(namespace.include_path).is_dir():
         raise UserError(f"no folder at --include-path {namespace.include_path}")

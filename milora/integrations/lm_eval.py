@@ -33,7 +33,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "milora.integrations.lm_eval needs lm-evaluation-harness: pip install 'lm_eval>=0.4.9,<0.5'"
+        "milora.integrations.lm_eval needs lm-evaluation-harness: pip install 'lm_eval>=0.4.13,<0.5'"
     ) from error
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -137,6 +137,6 @@ class MiLoRALM(HFLM):
         if fed[: len(tokens)] != tokens:
             raise RuntimeError(
                 "MiLoRALM: lm_eval fed its rows in another order than expected; this version of "
-                "lm_eval is not supported (0.4.9 to 0.4.13 are)"
+                "lm_eval is not supported (0.4.13 is)"
             )
         return len(context)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from text_model import tiny_llama
 from torch.utils.data import IterableDataset
 
 import milora
@@ -19,7 +20,6 @@ from milora.data import CompletionCollator
 from milora.train import MiLoRACallback, MiLoRATrainer
 from milora.train.bilevel import ACTIVATION_STATE
 from milora.train.metrics import mean_shares, read_metrics, short_names
-from text_model import tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from text_model import save_tiny_model, sums, write_jsonl
 
 import milora
 import milora.cli
@@ -23,7 +24,6 @@ from milora.cli import COMMANDS, main
 from milora.cli.models import load_model
 from milora.train.interrupt import InterruptCallback
 from milora.train.metrics import read_metrics
-from text_model import save_tiny_model, sums, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from text_model import CHAT_TEMPLATE, byte_tokenizer, sums, write_jsonl
 
 from milora.data import CompletionCollator, Encoder, encode_examples, read_examples, read_prompts
 from milora.errors import UserError, suggestion
 from milora.train.stream import BatchStream
-from text_model import CHAT_TEMPLATE, byte_tokenizer, sums, write_jsonl
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 BAD_LINES = {

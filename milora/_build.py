@@ -65,7 +65,7 @@ def _select_isa(library: ctypes.CDLL, name: str | None) -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: baseline, avx2 or avx512."""
+    """The instruction set that the CPU kernels use: baseline, avx2, avx512 or avx512_bf16."""
     return _select_isa(load_library(), None)
 
 

@@ -25,7 +25,7 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def isa(request) -> str:
     """Each instruction set of the CPU kernels; the choice is undone after the test."""
     if request.param not in _build.cpu_isas():

@@ -56,17 +56,18 @@ void check_routes(const char* op, const Tensor& x, const Tensor& gates, const Te
   }
 }
 
-// Jobs of one slice with float32 Bt in scratch; rows with gate 0 are left out.
+// Jobs of one slice with Bt in scratch; rows with gate 0 are left out.
 struct TrainPlan {
   LoraSchedule schedule;
-  std::vector<float> bt;
+  std::vector<char> bt;
   int64_t work = 0;  // multiply-adds of the shrink
 };
 
 void make_plan(const char* op, const LoraWeights* adapters, int64_t num_adapters,
                const float* gates, int64_t num_routes, const int32_t* route_of,
                const int32_t* adapter_of, int64_t num_tokens, int64_t d_in, int64_t d_out,
-               TrainPlan* plan) {
+               Dtype dtype, TrainPlan* plan) {
+  const int64_t item = element_size(dtype);
   LoraGroups grouped;
   group_tokens(op, route_of, adapter_of, num_tokens, num_routes, num_adapters, &grouped);
   LoraSchedule& out = plan->schedule;
@@ -95,14 +96,14 @@ void make_plan(const char* op, const LoraWeights* adapters, int64_t num_adapters
     job.hidden_begin = out.hidden_size;
     out.hidden_size += num_rows * job.rank;
     plan->work += num_rows * job.rank * d_in;
-    bt_size += job.rank * d_out;
+    bt_size += job.rank * d_out * item;
     out.jobs.push_back(job);
   }
   plan->bt.resize(bt_size);
-  float* bt = plan->bt.data();
+  char* bt = plan->bt.data();
   for (LoraJob& job : out.jobs) {
     job.bt = bt;
-    bt += job.rank * d_out;
+    bt += job.rank * d_out * item;
   }
 }
 
@@ -116,7 +117,7 @@ void transpose_weights(const TrainPlan& plan, const LoraWeights* adapters, Dtype
     const int64_t begin = i % pieces * kColsPerUnit;
     kernels.transpose_b(adapters[job.adapter].b, dtype, job.rank, d_out, begin,
                         std::min(begin + kColsPerUnit, d_out),
-                        const_cast<float*>(static_cast<const float*>(job.bt)));
+                        const_cast<void*>(job.bt));
   });
 }
 
@@ -151,7 +152,7 @@ void copy_idle_rows(const GroupedLoraParams& p, const LoraSchedule& plan) {
 void run_cpu(const char* op, const GroupedLoraParams& p) {
   TrainPlan plan;
   make_plan(op, p.adapters, p.num_adapters, p.gates, p.num_routes, p.route_of, p.adapter_of,
-            p.num_tokens, p.d_in, p.d_out, &plan);
+            p.num_tokens, p.d_in, p.d_out, p.dtype, &plan);
   copy_idle_rows(p, plan.schedule);
   transpose_weights(plan, p.adapters, p.dtype, p.d_out);
   cut_units(&p.d_out, p.d_in, &plan.schedule);
@@ -172,7 +173,6 @@ void run_cpu(const char* op, const GroupedLoraParams& p) {
   work.y_stride[0] = p.y_stride;
   work.out_stride[0] = p.d_out;
   work.dtype = p.dtype;
-  work.bt_is_float = true;
 
   const GroupedLoraCpu& kernels = grouped_lora_cpu();
   const bool parallel = plan.work > kParallelWork;
@@ -185,7 +185,7 @@ void run_cpu(const char* op, const GroupedLoraParams& p) {
 void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {
   TrainPlan plan;
   make_plan(op, p.adapters, p.num_adapters, p.gates, p.num_routes, p.route_of, p.adapter_of,
-            p.num_tokens, p.d_in, p.d_out, &plan);
+            p.num_tokens, p.d_in, p.d_out, p.dtype, &plan);
   transpose_weights(plan, p.adapters, p.dtype, p.d_out);
   const auto& jobs = plan.schedule.jobs;
   // One allocation for A x, its gradient and the gates' row sums.

@@ -64,7 +64,6 @@ void run_cpu(const GroupedLoraPoolParams& params) {
     work.y_stride[s] = work.out_stride[s] = params.y_stride[s];
   }
   work.dtype = params.dtype;
-  work.bt_is_float = false;
 
   const GroupedLoraCpu& kernels = grouped_lora_cpu();
   const bool parallel = plan.bytes > kParallelBytes;

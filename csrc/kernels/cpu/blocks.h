@@ -32,6 +32,20 @@ inline void dot_block(const TX* const (&x)[MR], const TW* const (&w)[NR], int64_
     for (int n = 0; n < NR; ++n) acc[m][n] = zero();
   }
   int64_t i = 0;
+#ifdef __AVX512BF16__
+  // Two products and two float32 additions an instruction, without widening either side.
+  if constexpr (std::is_same_v<TX, Bf16> && std::is_same_v<TW, Bf16>) {
+    for (; i < d; i += 2 * kLanes) {
+      const __mmask32 mask = d - i >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << (d - i)) - 1;
+      __m512bh wv[NR];
+      for (int n = 0; n < NR; ++n) wv[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w[n] + i);
+      for (int m = 0; m < MR; ++m) {
+        const auto xv = (__m512bh)_mm512_maskz_loadu_epi16(mask, x[m] + i);
+        for (int n = 0; n < NR; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], xv, wv[n]);
+      }
+    }
+  }
+#endif
   for (; i + kLanes <= d; i += kLanes) {
     Vec wv[NR];
     for (int n = 0; n < NR; ++n) wv[n] = load(w[n] + i);

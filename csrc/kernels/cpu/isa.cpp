@@ -25,6 +25,8 @@ bool runs_here(CpuIsa isa) {
 #ifdef MILORA_X86
   // The builtin also asks the operating system whether it saves the wide registers.
   switch (isa) {
+    case CpuIsa::avx512_bf16:
+      return runs_here(CpuIsa::avx512) && __builtin_cpu_supports("avx512bf16");
     case CpuIsa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -3,7 +3,7 @@
 #pragma once
 
 #ifdef MILORA_X86
-#define MILORA_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
+#define MILORA_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
 #else
 #define MILORA_FOR_EACH_ISA(X) X(baseline)
 #endif

@@ -34,7 +34,7 @@ void backward_rows_unit(const LoraBackwardWork& work, const LoraUnit& unit) {
     x_rows[i] = static_cast<const T*>(work.x) + token * work.x_stride;
   }
   float* grad_hidden = work.grad_hidden + at;
-  dot_rows(dy_rows, n, static_cast<const float*>(job.bt), job.bt_stride, job.rank, work.d_out,
+  dot_rows(dy_rows, n, static_cast<const T*>(job.bt), job.bt_stride, job.rank, work.d_out,
            grad_hidden, job.rank);
   float* hidden = work.hidden + at;
   if (work.need_hidden) {

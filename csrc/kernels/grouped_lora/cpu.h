@@ -26,11 +26,10 @@ struct LoraWork {
   void* out[kMaxSlices];      // [num_tokens, d_out], written; may be y
   int64_t y_stride[kMaxSlices], out_stride[kMaxSlices];
   Dtype dtype;
-  bool bt_is_float;  // Bt is the float32 transpose made by transpose_b, not the pool's
 };
 
 struct LoraBackwardWork {
-  const LoraJob* jobs;  // a: as given; bt: float32 from transpose_b
+  const LoraJob* jobs;  // a: as given; bt: from transpose_b
   const LoraUnit* row_units;
   const LoraUnit* dx_units;
   const LoraUnit* da_units;
@@ -52,9 +51,9 @@ struct LoraBackwardWork {
 struct GroupedLoraCpu {
   void (*shrink)(const LoraWork& work, int64_t begin, int64_t end);
   void (*expand)(const LoraWork& work, int64_t begin, int64_t end);
-  // b [d_out, rank] -> float32 [rank, d_out], columns [begin, end)
+  // b [d_out, rank] -> bt [rank, d_out], columns [begin, end)
   void (*transpose_b)(const void* b, Dtype dtype, int64_t rank, int64_t d_out, int64_t begin,
-                      int64_t end, float* bt);
+                      int64_t end, void* bt);
   void (*backward_rows)(const LoraBackwardWork& work, int64_t begin, int64_t end);
   void (*backward_dx)(const LoraBackwardWork& work, int64_t begin, int64_t end);
   void (*backward_da)(const LoraBackwardWork& work, int64_t begin, int64_t end);

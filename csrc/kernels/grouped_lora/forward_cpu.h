@@ -35,7 +35,7 @@ void shrink_unit(const LoraWork& work, const LoraUnit& unit) {
            work.hidden + job.hidden_begin + unit.row_begin * job.rank + unit.begin, job.rank);
 }
 
-template <class T, class TB>
+template <class T>
 void expand_unit(const LoraWork& work, const LoraUnit& unit) {
   const LoraJob& job = work.jobs[unit.job];
   const T* y = static_cast<const T*>(work.y[job.slice]);
@@ -55,7 +55,7 @@ void expand_unit(const LoraWork& work, const LoraUnit& unit) {
                fma(set1(work.row_gates[first_row + row]), delta, base), n);
   };
 
-  const TB* bt = static_cast<const TB*>(job.bt);
+  const T* bt = static_cast<const T*>(job.bt);
   const int64_t num_rows = unit.row_end - unit.row_begin;
   if (num_rows < kPackRows) {
     for (int64_t i = 0; i < num_rows; ++i) {
@@ -68,7 +68,7 @@ void expand_unit(const LoraWork& work, const LoraUnit& unit) {
   alignas(64) float strip[kMaxRank * kStrip];
   for (int64_t c0 = unit.begin; c0 < unit.end; c0 += kStrip) {
     const int64_t cols = unit.end - c0 < kStrip ? unit.end - c0 : kStrip;
-    pack_strip<TB>([&](int64_t k) { return bt + k * job.bt_stride + c0; }, job.rank, cols, strip);
+    pack_strip<T>([&](int64_t k) { return bt + k * job.bt_stride + c0; }, job.rank, cols, strip);
     axpy_strip(hidden, job.rank, 1, job.rank, strip, num_rows, cols,
                [&](int64_t i, int64_t c, Vec acc, int64_t n) { update(i, c0 + c, acc, n); });
   }
@@ -82,27 +82,16 @@ void shrink(const LoraWork& work, int64_t begin, int64_t end) {
 
 void expand(const LoraWork& work, int64_t begin, int64_t end) {
   MILORA_DISPATCH_DTYPE(work.dtype, T, {
-    for (int64_t i = begin; i < end; ++i) {
-      if (work.bt_is_float) {
-        expand_unit<T, float>(work, work.expand_units[i]);
-      } else {
-        expand_unit<T, T>(work, work.expand_units[i]);
-      }
-    }
+    for (int64_t i = begin; i < end; ++i) expand_unit<T>(work, work.expand_units[i]);
   })
 }
 
 void transpose_b(const void* b, Dtype dtype, int64_t rank, int64_t d_out, int64_t begin,
-                 int64_t end, float* bt) {
+                 int64_t end, void* bt) {
   MILORA_DISPATCH_DTYPE(dtype, T, {
     for (int64_t o = begin; o < end; ++o) {
       const T* row = static_cast<const T*>(b) + o * rank;
-      for (int64_t k = 0; k < rank; k += kLanes) {
-        const int64_t n = rank - k < kLanes ? rank - k : kLanes;
-        alignas(64) float lanes[kLanes];
-        store(lanes, load_upto(row + k, n));
-        for (int64_t i = 0; i < n; ++i) bt[(k + i) * d_out + o] = lanes[i];
-      }
+      for (int64_t k = 0; k < rank; ++k) static_cast<T*>(bt)[k * d_out + o] = row[k];
     }
   })
 }

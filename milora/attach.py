@@ -330,11 +330,8 @@ def _install(model: nn.Module, blocks: list) -> Runtime:
             owner.register_forward_hook(runtime.finish, with_kwargs=True, always_call=True),
         ]
     for index, block in enumerate(blocks):
-        enter, leave = BlockHook(runtime, index, True), BlockHook(runtime, index, False)
-        runtime.handles += [
-            block.module.register_forward_pre_hook(enter, with_kwargs=True),
-            block.module.register_forward_hook(leave),
-        ]
+        hook = BlockHook(runtime, index)
+        runtime.handles.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
     runtime.base_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     methods = GenerateMethods(runtime)

@@ -4,9 +4,10 @@ A checkpointed block runs again in the backward pass, when other forwards may ha
 (DPO, bi-level steps). The gates that its linear modules read must then be those of its own
 forward. Where a block's hooks run differs between versions of transformers:
 
-- outside the recomputed region (5.23): the router has run when the checkpoint begins. Its gates
-  are passed through the checkpoint as one more positional tensor, so that their gradient reaches
-  the router with and without reentrant autograd.
+- outside the recomputed region (5.23): the router has run when the checkpoint begins, so the gates
+  are known (as they are where a route is pinned, or an adapter has no router). They are passed
+  through the checkpoint as one more positional tensor, so that their gradient reaches the router
+  with and without reentrant autograd.
 - inside it (5.17): the router is part of the region and runs again on recompute, from the same
   prompt spans. Its probabilities, which the load-balance loss needs, leave the region as further
   outputs; an encoder's pooled vectors, which a decoder block reads, enter as an input.
@@ -54,11 +55,11 @@ class CheckpointedBlock:
         call = self.runtime.local.call
         if call is None:
             return self.inner(function, *args, **kwargs)
-        if call.entered == self.index:
-            return self._hooks_outside(call, function, args, kwargs)
-        return self._hooks_inside(call, function, args, kwargs)
+        if call.state.block_gates[self.index] is not None:
+            return self._gates_known(call, function, args, kwargs)
+        return self._gates_unknown(call, function, args, kwargs)
 
-    def _hooks_outside(self, call: Call, function: Any, args: tuple, kwargs: dict) -> Any:
+    def _gates_known(self, call: Call, function: Any, args: tuple, kwargs: dict) -> Any:
         template, active = call.for_replay(), call.state.block_active[self.index]
 
         def run(gates: torch.Tensor, *args: Any) -> Any:
@@ -70,7 +71,7 @@ class CheckpointedBlock:
 
         return self.inner(run, call.state.block_gates[self.index], *args, **kwargs)
 
-    def _hooks_inside(self, call: Call, function: Any, args: tuple, kwargs: dict) -> Any:
+    def _gates_unknown(self, call: Call, function: Any, args: tuple, kwargs: dict) -> Any:
         template = call.for_replay()
         source = self.runtime.blocks[self.index].source
         if source is None:

@@ -316,7 +316,6 @@ class Call:
         self.plan = plan
         self.replay = replay
         self.fresh = plan is not None  # a prefill or a training forward, not a decode step
-        self.entered: int | None = None  # block whose pre-hook ran and whose forward has not ended
         self.depth = 1
         self.cache: object | None = None  # where the state goes when the forward has succeeded
         self.labels: Tensor | None = None

@@ -26,7 +26,7 @@ from milora.runtime import ROUTER_NAME
 PREFIX = "base_model.model."
 # PEFT stores these without the trailing ".weight" of every other tensor.
 BARE_TENSORS = ("lora_magnitude_vector",)
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a config holds beside `MiLoRAConfig`'s fields: ours, and what PEFT adds when it saves.
 META_KEYS = {"format_version", "milora_version", "experts", "checksums", "sha256"}
 PEFT_KEYS = {
@@ -135,36 +135,21 @@ def read_folder(
         for name in file.keys():  # noqa: SIM118
             names[name if key_of(name) in names else key_of(name)] = name
         found = {key: file.get_slice(name) for key, name in names.items()}
-        shapes = {key: tuple(part.get_shape()) for key, part in found.items()}
-        config = _config_of(model, data, shapes, folder)
+        forms = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in found.items()}
+        config = _config_of(model, data, {key: shape for key, (shape, _) in forms.items()}, folder)
         try:
             blocks = find_blocks(model, config)
         except ValueError as error:
             raise AdapterError(f"{folder}: {error}") from None
         problems = _block_problems(config, blocks, data.get("experts"))
-        expected = {} if problems else expected_shapes(model, config, blocks)
-        if expected:
-            problems += [f"missing tensor {key}" for key in expected.keys() - found.keys()]
-            problems += [f"unknown tensor {key}" for key in found.keys() - expected.keys()]
-        tensors = {}
-        for key in expected.keys() & found.keys():
-            dtype = found[key].get_dtype()
-            if shapes[key] != expected[key]:
-                wanted = list(expected[key])
-                problems.append(f"{key}: shape must be {wanted}, got {list(shapes[key])}")
-            elif dtype not in DTYPES:
-                problems.append(f"{key}: dtype must be {' or '.join(DTYPES.values())}, got {dtype}")
-            else:
-                tensors[key] = file.get_tensor(names[key])
-                if not tensors[key].isfinite().all():
-                    problems.append(f"{key}: holds NaN or Inf")
+        if not problems:
+            expected = expected_shapes(model, config, blocks)
+            wrong = form_problems(expected, forms)
+            # Only what has the form of this model's tensors is read, so memory stays bounded.
+            tensors = {key: file.get_tensor(names[key]) for key in expected if key not in wrong}
+            problems = [*wrong.values(), *value_problems(tensors)]
     # Making frozen factors takes time and memory that a damaged config could make any amount of.
-    problems = problems or _checksum_problems(config, blocks, data.get("checksums", {}))
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
-        raise AdapterError(
-            f"{folder}: the adapter does not fit this model ({len(problems)} problems):\n{listed}"
-        )
+    raise_all(folder, problems or _checksum_problems(config, blocks, data.get("checksums", {})))
     return config, tensors
 
 
@@ -249,6 +234,39 @@ def expected_shapes(
             if config.activation_of(index) == "rational":
                 shapes[f"{prefix}.theta"] = (NUM_COEFFICIENTS,)
     return shapes
+
+
+def form_problems(
+    expected: dict[str, tuple[int, ...]], forms: dict[str, tuple[tuple[int, ...], str]]
+) -> dict[str, str]:
+    """What is wrong with tensors before their values are looked at, by key.
+
+    Args:
+        forms: shape and dtype (safetensors' name of it) of the tensors that were found.
+    """
+    problems = {key: f"missing tensor {key}" for key in expected.keys() - forms.keys()}
+    for key, (shape, dtype) in forms.items():
+        if key not in expected:
+            problems[key] = f"unknown tensor {key}"
+        elif shape != expected[key]:
+            problems[key] = f"{key}: shape must be {list(expected[key])}, got {list(shape)}"
+        elif dtype not in DTYPES:
+            problems[key] = f"{key}: dtype must be one of {', '.join(DTYPES)}, got {dtype}"
+    return problems
+
+
+def value_problems(tensors: dict[str, Tensor]) -> list[str]:
+    return [f"{key}: holds NaN or Inf" for key, t in tensors.items() if not t.isfinite().all()]
+
+
+def raise_all(where: str | os.PathLike, problems: list[str]) -> None:
+    """Raise an AdapterError that lists the problems, if there are any."""
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
+        raise AdapterError(
+            f"{os.fspath(where)}: the adapter does not fit this model ({len(problems)} problems):\n"
+            f"{listed}"
+        )
 
 
 def _block_problems(

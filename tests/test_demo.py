@@ -10,11 +10,12 @@ from transformers import LlamaForCausalLM
 
 from milora.demo import add_arguments, run
 from milora.demo.base import BaseConfig, build_model, load_or_pretrain
+from milora.demo.chapters import CHAPTER_OF
 from milora.demo.command import cache_folder
 from milora.demo.corpus import load_corpus, shingles
 from milora.demo.measure import DemoConfig
 from milora.demo.methods import BASE, LORA, METHODS, MILORA, MIXTURE, attach, count, equal_budgets
-from milora.demo.tasks import TASKS, TOPIC_CHOICES, held_out_examples, training_examples
+from milora.demo.tasks import TASKS, held_out_examples, training_examples
 from milora.demo.tokenizer import train_tokenizer
 from milora.errors import UserError
 
@@ -53,7 +54,7 @@ def test_the_split_is_the_same_each_time_and_large_enough(corpus):
         for split in (corpus.train, corpus.held_out)
     ]
     assert sizes[0] > 200_000 and 0.08 < sizes[1] / sum(sizes) < 0.25
-    assert len(corpus.held_out) > TOPIC_CHOICES
+    assert len(corpus.held_out) > 4
 
 
 def test_the_tokenizer_gives_back_what_it_read(corpus):
@@ -71,22 +72,20 @@ def _passage(prompt: str) -> str:
     return prompt.split("\n")[1]
 
 
-def _check_continue(example, topics) -> None:
-    assert len(example.completion.split()) == 4
+def _check_continue(example) -> None:
+    assert len(example.completion.split()) == 1
 
 
-def _check_topic(example, topics) -> None:
-    choices = example.prompt.split("One of: ")[1].split("\n")[0].split(", ")
-    assert len(set(choices)) == TOPIC_CHOICES and set(choices) <= topics
-    assert example.completion == f" {example.where}" and example.where in choices
+def _check_chapter(example) -> None:
+    assert example.completion == f" {CHAPTER_OF[example.where]}"
 
 
-def _check_blank(example, topics) -> None:
+def _check_blank(example) -> None:
     assert example.prompt.count("____") == 1
     assert example.completion.strip() in _passage(example.prompt)
 
 
-def _check_identifiers(example, topics) -> None:
+def _check_identifiers(example) -> None:
     passage, place = _passage(example.prompt), 0
     for name in example.completion.strip().split(", "):
         place = passage.index(f'"{name}"', place) + 1
@@ -94,7 +93,7 @@ def _check_identifiers(example, topics) -> None:
 
 CHECKS = {
     "continue": _check_continue,
-    "topic": _check_topic,
+    "chapter": _check_chapter,
     "blank": _check_blank,
     "identifiers": _check_identifiers,
 }
@@ -108,7 +107,11 @@ def test_answers_follow_from_the_passage_and_splits_stay_apart(corpus, task: str
     for examples, paragraphs in ((train, corpus.train), (held_out, corpus.held_out)):
         for example in examples:
             assert example.where in paragraphs
-            CHECKS[task](example, set(paragraphs))
+            CHECKS[task](example)
+
+
+def test_every_topic_of_this_python_has_a_chapter(corpus):
+    assert {*corpus.train, *corpus.held_out} <= set(CHAPTER_OF)
 
 
 def test_examples_follow_the_seed(corpus):

@@ -19,16 +19,20 @@ from milora.demo.tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Shape and pre-training of the base. Every field is part of the cache key."""
+    """Shape and pre-training of the base. Every field is part of the cache key.
 
-    vocab_size: int = 2048
-    hidden_size: int = 256
-    num_layers: int = 6
+    The shape was chosen by experiment: 216 CPU seconds took 256 hidden × 6 layers to a held-out
+    loss of 1.55 nats per character, 169 CPU seconds took 128 × 4 to 1.31.
+    """
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    num_layers: int = 4
     num_heads: int = 4
-    intermediate_size: int = 704
-    steps: int = 320
-    batch_size: int = 8
-    window: int = 128
+    intermediate_size: int = 352
+    steps: int = 1400
+    batch_size: int = 12
+    window: int = 96
     echo_share: float = 0.5
     learning_rate: float = 2e-3
     seed: int = 0
@@ -76,6 +80,7 @@ def build_model(config: BaseConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
         intermediate_size=config.intermediate_size,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.05,  # the usual 0.02 suits wider models; here it learns more slowly
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ def prompt_of(row: Row) -> list[int]:
 
 def answer_of(row: Row) -> list[int]:
     return [label for label in row["labels"] if label >= 0]
+
+
+def constant_answer(rows: list[Row]) -> float:
+    """Exact match of the best answer that ignores the prompt: the floor of a useful model."""
+    counts = Counter(tuple(answer_of(row)) for row in rows)
+    return counts.most_common(1)[0][1] / len(rows)
 
 
 def score(model: nn.Module, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Score:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from milora.demo.methods import BASE, METHODS, MILORA
-from milora.demo.tasks import TASKS, TOPIC_CHOICES
+from milora.demo.tasks import TASKS
 
 
 def print_report(result: dict[str, Any], console: Console) -> None:
@@ -50,8 +50,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     blocks = routing["num_blocks"]
     reloaded = "equal, bit for bit" if result["adapter"]["reload_equal"] else "NOT EQUAL"
     return [
-        f"Guessing names the right topic in 1 of {TOPIC_CHOICES} cases. "
-        f"Examples per task: {_sizes(result)}.",
+        f"Held-out examples: {_sizes(result)}. Exact match of always giving the task's most common "
+        f"answer: {_guesses(result)}.",
         f"MiLoRA has the lowest held-out loss in {len(lowest)} of {len(TASKS)} tasks"
         f"{': ' + ', '.join(lowest) if lowest else ''}.",
         f"Speed: batch of {speed['batch_size']}, {speed['num_tokens']} new tokens, median of "
@@ -78,6 +78,11 @@ def _winners(result: dict[str, Any]) -> dict[str, str]:
 def _sizes(result: dict[str, Any]) -> str:
     scores = result["methods"][BASE]["tasks"]
     return ", ".join(f"{name} {score['num_examples']}" for name, score in scores.items())
+
+
+def _guesses(result: dict[str, Any]) -> str:
+    guesses = result["best_constant_answer"]
+    return ", ".join(f"{name} {share:.1%}" for name, share in guesses.items())
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -1,6 +1,6 @@
-"""Four tasks made from the corpus: continue, topic, blank, identifiers.
+"""Four tasks made from the corpus: continue, chapter, blank, identifiers.
 
-Each example is a window of about 40 words of one topic, an instruction, and a short answer that
+Each example is a window of about 28 words of one topic, an instruction, and a short answer that
 can be checked by exact match.
 """
 
@@ -10,27 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from milora.data import Example
+from milora.demo.chapters import CHAPTER_OF
 
-_WINDOW_WORDS = 40
-_SHORTEST_WINDOW = 24
-_CONTINUE_WORDS = 4
-_MOST_IDENTIFIERS = 3
-TOPIC_CHOICES = 4  # a guess names the right topic in one case of four
+_WINDOW_WORDS = 28
+_SHORTEST_WINDOW = 16
+_MOST_IDENTIFIERS = 2
 _BLANK = "____"
 
 _QUOTED = re.compile(r'"([A-Za-z_][A-Za-z0-9_.]*(?:\(\))?)"')
 _PLAIN_WORD = re.compile(r"[A-Za-z]{4,}")
-# A topic's name is several words ("attribute-access"); a plural or "types" prefix still counts.
-_NAME_PART = re.compile(r"[a-z]+")
 
 
 @dataclass(frozen=True)
 class Window:
-    """A run of words of one topic; `choices` are the topic names of its split."""
+    """A run of words of one topic."""
 
     topic: str
     words: tuple[str, ...]
-    choices: tuple[str, ...]
 
     @property
     def text(self) -> str:
@@ -55,20 +51,12 @@ class Task:
 
 
 def _continue(window: Window, rng: random.Random) -> tuple[str, str] | None:
-    cut = len(window.words) - _CONTINUE_WORDS
-    return " ".join(window.words[:cut]), " ".join(window.words[cut:])
+    return " ".join(window.words[:-1]), window.words[-1]
 
 
-def _topic(window: Window, rng: random.Random) -> tuple[str, str] | None:
-    # Many windows of "formatstrings" never speak of formats. Ask only where the text can tell.
-    parts = [part for part in _NAME_PART.findall(window.topic) if len(part) > 1]
-    lowered = window.text.lower()
-    if not any(re.search(rf"\b{part.rstrip('s')}", lowered) for part in parts):
-        return None
-    others = [name for name in window.choices if name != window.topic]
-    names = [window.topic, *rng.sample(others, TOPIC_CHOICES - 1)]
-    rng.shuffle(names)
-    return f"{window.text}\nOne of: {', '.join(names)}", window.topic
+def _chapter(window: Window, rng: random.Random) -> tuple[str, str] | None:
+    chapter = CHAPTER_OF.get(window.topic)
+    return None if chapter is None else (window.text, chapter)
 
 
 def _blank(window: Window, rng: random.Random) -> tuple[str, str] | None:
@@ -93,8 +81,8 @@ def _identifiers(window: Window, rng: random.Random) -> tuple[str, str] | None:
 
 
 TASKS = (
-    Task("continue", "Continue the passage.", _continue),
-    Task("topic", "Name the topic of the passage.", _topic),
+    Task("continue", "Give the next word of the passage.", _continue),
+    Task("chapter", "Name the chapter of the passage.", _chapter),
     Task("blank", "Fill in the blank.", _blank),
     Task("identifiers", "List the code identifiers.", _identifiers),
 )
@@ -117,7 +105,7 @@ def training_examples(
         while made < per_task:
             topic = rng.choices(topics, sizes)[0]
             start = rng.randrange(max(1, len(words[topic]) - _WINDOW_WORDS + 1))
-            window = Window(topic, words[topic][start : start + _WINDOW_WORDS], topics)
+            window = Window(topic, words[topic][start : start + _WINDOW_WORDS])
             if (example := task.example(window, rng)) is not None:
                 examples.append((task.name, example))
                 made += 1
@@ -133,10 +121,9 @@ def held_out_examples(
     Returns: (task name, example) pairs, task by task.
     """
     words = _words_by_topic(paragraphs)
-    topics = tuple(words)
     windows = [
-        Window(topic, words[topic][start : start + _WINDOW_WORDS], topics)
-        for topic in topics
+        Window(topic, words[topic][start : start + _WINDOW_WORDS])
+        for topic in words
         for start in range(0, len(words[topic]) - _SHORTEST_WINDOW + 1, _WINDOW_WORDS)
     ]
     examples = []

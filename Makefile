@@ -56,10 +56,7 @@ bench: $(VENV)/.built
 	done
 
 gpu-check: $(VENV)/.built-cuda
-	$(BIN)/python -m pytest -m cuda $(ARGS)
-	for bench in $(BENCHES); do \
-	  $(BIN)/python $$bench --device cuda --quick --json build/bench-cuda.jsonl || exit 1; \
-	done
+	PYTHON="$(abspath $(BIN))/python" bench/gpu_check.sh $(ARGS)
 
 clean:
 	rm -rf build $(VENV) $(VENV_TF517) milora/lib milora/*.so

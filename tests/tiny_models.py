@@ -55,7 +55,7 @@ COMMON = {
     "eos_token_id": EOS,
     "bos_token_id": 2,
 }
-GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 QWEN_EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -210,10 +210,34 @@ _FAMILIES = [
             *(f"layer.2.DenseReluDense.{n}" for n in ("wi_0", "wi_1", "wo")),
         ),
     ),
+    Family(
+        "bart",
+        "BartConfig",
+        "BartForConditionalGeneration",
+        "model.encoder.layers",
+        (*BIASED, "self_attn.out_proj", "fc1", "fc2"),
+        {
+            "d_model": HIDDEN,
+            **{f"{side}_layers": LAYERS for side in ("encoder", "decoder")},
+            **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": INTERMEDIATE for side in ("encoder", "decoder")},
+            "max_position_embeddings": MAX_LENGTH,
+            "bos_token_id": 2,
+            "decoder_start_token_id": EOS,
+            "forced_eos_token_id": None,
+        },
+        "model.decoder.layers",
+        (
+            *(f"{a}.{n}_proj" for a in ("self_attn", "encoder_attn") for n in "qkv"),
+            *(f"{a}.out_proj" for a in ("self_attn", "encoder_attn")),
+            "fc1",
+            "fc2",
+        ),
+    ),
     Family("bert", "BertConfig", "BertForSequenceClassification", "bert.encoder.layer", BERT),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}
-ENCODER_DECODER = ("t5", "t5_gated")
+ENCODER_DECODER = ("t5", "t5_gated", "bart")
 ENCODER = ("bert",)
 CAUSAL = tuple(n for n in FAMILIES if n not in ENCODER_DECODER + ENCODER)
 
@@ -222,7 +246,7 @@ def config_of(name: str, **options: Any) -> transformers.PretrainedConfig:
     """The tiny configuration of family `name`; `options` override."""
     family = FAMILIES[name]
     shared = dict(COMMON)
-    if name.startswith("t5"):
+    if name in ENCODER_DECODER:
         shared = {key: COMMON[key] for key in ("vocab_size", "pad_token_id", "eos_token_id")}
     return getattr(transformers, family.config)(**{**shared, **family.options, **options})
 
@@ -280,7 +304,7 @@ def randomize(model: nn.Module, std: float = 0.3, seed: int = 1) -> nn.Module:
         for router in runtime.routers_of(name):
             if router is None:
                 continue
-            fill(router.w_r, 2.0 / router.w_r.shape[1] ** 0.5)
+            fill(router.w_r, 4.0 / router.w_r.shape[1] ** 0.5)
             if router.w_sa is not None:
                 fill(router.w_sa, 1.0 / router.w_r.shape[1] ** 0.5)
     return model

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from milora.balance import BalanceWindow
 from milora.blocks import find_blocks, linear_shape
 from milora.checkpointing import CheckpointedBlock
 from milora.config import MiLoRAConfig
 from milora.experts import ExpertSpec, make_spec
 from milora.generation import GenerateMethods, Replaced
 from milora.nn import MiLoRALinear
-from milora.router import BalanceWindow
 from milora.routing import RoutingState
 from milora.runtime import ROUTER_NAME, BlockHook, Runtime, Stats, add_router
 

@@ -1,4 +1,4 @@
-"""The prompt router of one block, and the load-balance loss.   [MiLoRA, eq. 2 to 6 and 8]"""
+"""The prompt router of one block.   [MiLoRA, eq. 2, 3, 6 and 8]"""
 
 from __future__ import annotations
 
@@ -124,63 +124,3 @@ def keeps_unused_edges() -> bool:
     gradients of different parameters. Both happen when ranks activate different experts.
     """
     return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
-
-
-class BalanceWindow:
-    """The load-balance loss with f_i taken over a running window.   [MiLoRA, eq. 4 and 5]
-
-    L_lb = mean over blocks of N · Σ_i f_i · p̂_i, with p̂ the mean probability over this
-    micro-batch's prompts (differentiable) and f (detached) the share of prompts whose argmax is
-    expert i over at least `size` prompts: on a micro-batch of one, f would be one-hot and the loss
-    would only punish confidence. Counts are summed over data-parallel ranks; nothing here waits
-    for the device.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.steps: list[tuple[int, Tensor]] = []  # (prompts, counts of all blocks end to end)
-        self.widths: list[int] = []
-        self.last_loss: Tensor | None = None
-
-    def loss(self, probabilities: list[Tensor]) -> Tensor:
-        """[num_prompts, N_b] of each block -> scalar; adds this batch to the window."""
-        self.widths = [p.shape[1] for p in probabilities]
-        counts = torch.cat(
-            [torch.bincount(p.detach().argmax(-1), minlength=p.shape[1]) for p in probabilities]
-        )
-        num_prompts = probabilities[0].shape[0]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-            num_prompts *= dist.get_world_size()
-        self._push(num_prompts, counts)
-        per_block = [
-            p.shape[1] * (f.to(p) * p.mean(0)).sum()
-            for f, p in zip(self._shares(), probabilities, strict=True)
-        ]
-        loss = torch.stack(per_block).mean()
-        self.last_loss = loss.detach()
-        return loss
-
-    def _push(self, num_prompts: int, counts: Tensor) -> None:
-        self.steps.append((num_prompts, counts))
-        total = sum(prompts for prompts, _ in self.steps)
-        while total - self.steps[0][0] >= self.size:
-            total -= self.steps.pop(0)[0]
-
-    def _shares(self) -> list[Tensor]:
-        total = torch.stack([counts for _, counts in self.steps]).sum(0)
-        return [block / block.sum() for block in total.split(self.widths)]
-
-    def shares(self) -> list[list[float]]:
-        """f_i of each block over the window, a list per block; empty before the first batch."""
-        return [share.tolist() for share in self._shares()] if self.steps else []
-
-    def state_dict(self) -> dict:
-        return {
-            "widths": self.widths,
-            "steps": [[prompts, counts.tolist()] for prompts, counts in self.steps],
-        }
-
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.widths = [int(width) for width in state["widths"]]
-        self.steps = [(int(n), torch.tensor(c, device=device)) for n, c in state["steps"]]

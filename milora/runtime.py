@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from milora import prompts
+from milora.balance import BalanceWindow, Collected, add_balance_loss
 from milora.blocks import Block
 from milora.checkpointing import CheckpointedBlock
 from milora.config import MiLoRAConfig
 from milora.nn import MiLoRALinear
 from milora.route_cache import ROUTE, follow_cache, held_by
-from milora.router import BalanceWindow, PromptRouter, route
+from milora.router import PromptRouter, route
 from milora.routing import Call, Plan, RoutingState
 
 ROUTER_NAME = "milora_router"
@@ -37,6 +38,7 @@ class Local(threading.local):
     generation: Any = None
     disabled: bool = False
     adapter_names: list | None = None  # of forwards and generate() calls that name none themselves
+    collected: Collected | None = None
 
     def __deepcopy__(self, memo: dict) -> Local:
         return Local()
@@ -107,6 +109,10 @@ class Runtime:
         ):
             return args, kwargs
         inputs = _bind(module, args, kwargs)
+        if (collected := self.local.collected) is not None:
+            if inputs.get("labels") is None:
+                inputs["labels"] = collected.labels
+            inputs["num_items_in_batch"] = collected.num_items
         self.local.call = self._open(module, inputs, names)
         if self.model.training and torch.is_grad_enabled():
             CheckpointedBlock.install(self)
@@ -134,8 +140,8 @@ class Runtime:
             if state.complete:
                 for recorder in self.recorders:
                     recorder.append(state.detached())
-        if call.labels is not None and self.model.training and torch.is_grad_enabled():
-            return self._add_balance_loss(call, output)
+        if self.model.training and torch.is_grad_enabled():
+            return add_balance_loss(self, call, output)
         return None
 
     def _generating(self) -> bool:
@@ -380,7 +386,12 @@ class Runtime:
                 f"milora: no route for block {self.blocks[index].path}; the prefill that should "
                 "have made it did not finish"
             )
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise RuntimeError(
+                f"milora: block {self.blocks[index].path} must get its hidden states as the first "
+                f"positional argument or as hidden_states, got keywords {sorted(kwargs)}"
+            )
         h = hidden.reshape(-1, hidden.shape[-1])
         # XLNet's blocks see [T, B, d]: as many tokens, in another order.
         is_other_order = (
@@ -411,41 +422,6 @@ class Runtime:
         full = values.new_zeros(len(state.adapters), width + 1)
         full = full.scatter(1, table.to(values.device), values)[:, :width]
         return full + self._ones(state, index).to(values.device)
-
-    # ---- the load-balance loss ----------------------------------------------------------------
-
-    def _add_balance_loss(self, call: Call, output: Any) -> Any:
-        task_loss = _get(output, "loss", 0)
-        if not isinstance(task_loss, Tensor) or not call.fresh:
-            return None
-        loss = None
-        for index, name in enumerate(call.adapters):
-            config = self.configs[name]
-            if not config.router or not config.balance_coef:
-                continue
-            rows = (call.adapter_of == index).nonzero().squeeze(1)
-            probabilities = [
-                p[rows][:, self.columns[name][block]]
-                for block, p in enumerate(call.state.block_probabilities)
-                if self.columns[name][block]
-            ]
-            term = config.balance_coef * self.windows[name].loss(probabilities)
-            loss = term if loss is None else loss + term
-        if loss is None:
-            return None
-        loss = loss.to(task_loss.device) * self._share_of_batch(call)
-        if isinstance(output, tuple):
-            return (task_loss + loss.to(task_loss.dtype), *output[1:])
-        output.loss = task_loss + loss.to(task_loss.dtype)
-        return output
-
-    def _share_of_batch(self, call: Call) -> Tensor | float:
-        """This micro-batch's part of the accumulated batch, as the task loss is weighted."""
-        if call.num_items is None:
-            return 1.0
-        is_shifted = not (self.is_encoder_decoder or self.whole)
-        labels = call.labels[..., 1:] if is_shifted else call.labels
-        return (labels != -100).sum() / call.num_items
 
 
 def _lookup(table: list[int], call: Call) -> Tensor:

@@ -168,7 +168,8 @@ def _digest(file: Any) -> str:
 
 
 def _as_json(config: dict) -> str:
-    return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    # Not sorted: of the patterns in rank_pattern and alpha_pattern the first that matches wins.
+    return json.dumps(config, indent=2, allow_nan=False) + "\n"
 
 
 def _refuse_constant(name: str) -> None:

@@ -32,6 +32,11 @@ OPTIONS = {
         "target_modules": ["q_proj", "o_proj", "up_proj"],
         "rslora": True,
     },
+    # The first pattern that matches wins, so a file must keep their order.
+    "pattern_order": {
+        "rank_pattern": {"up_proj": 2, "mlp.*": 3},
+        "alpha_pattern": {"z?mlp.*": 5.0},
+    },
 }
 
 

@@ -33,5 +33,5 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Facts about the compiled part of milora.";
-  m.def("build_info", &build_info, "What was compiled: version, compilers, instruction sets, CUDA.");
+  m.def("build_info", &build_info, "What was compiled: compilers, instruction sets, CUDA.");
 }

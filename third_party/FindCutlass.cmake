@@ -12,7 +12,8 @@ else()
   find_package(Python COMPONENTS Interpreter REQUIRED)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
-      "from importlib import metadata; print(metadata.distribution('nvidia-cutlass').locate_file('cutlass_library/source/include'))"
+      "from importlib.metadata import distribution as find
+print(find('nvidia-cutlass').locate_file('cutlass_library/source/include'))"
     OUTPUT_VARIABLE CUTLASS_INCLUDE_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
 

@@ -2,7 +2,7 @@
 //
 // head (block per prompt): dlogits, activated, the gradient dv of the pooled vector, dcoef.
 // dots (block per chunk): h . w_sa and h . dv of each token. weights (block per prompt): softmax
-// weights and score gradients; for max pooling the first maximum. scatter (block per chunk): dh, and
+// weights and score gradients; for max pooling the first maximum. scatter (block per chunk): dh and
 // a partial of dw_sa. combine (block per router and 256 columns): adds prompts and chunks in order.
 // H is read twice, dh written once; no atomics.
 #include "kernels/prompt_router/router.cuh"

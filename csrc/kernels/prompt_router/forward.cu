@@ -1,7 +1,7 @@
 // Forward of the prompt router on a GPU.                              [MiLoRA, eq. 2, 3, 6, 8]
 //
 // pool_kernel: a block per chunk of 32 tokens; a warp per token scores it (h . w_sa), then a thread
-// per column adds the weighted rows, which the second time come from L1 or L2: H is read from memory
+// per column adds the weighted rows, which the second time come from L1 or L2: memory sees H
 // once. It leaves a partial (max, sum, vector) per chunk. head_kernel: a block per prompt combines
 // its partials in order, activates, and a warp per expert computes a logit.
 // Bytes: num_tokens * d * itemsize, plus a 32nd of that for the partials; 4 FLOPs an element.

@@ -26,12 +26,14 @@ MILORA_HOST_DEVICE float rational_value(float x, const float* coef) {
   const float* a = coef;      // a0..a6
   const float* b = coef + 7;  // b1..b5
   if (fabsf(x) <= 1.0f) {
-    const float p = a[0] + x * (a[1] + x * (a[2] + x * (a[3] + x * (a[4] + x * (a[5] + x * a[6])))));
+    const float high = a[3] + x * (a[4] + x * (a[5] + x * a[6]));
+    const float p = a[0] + x * (a[1] + x * (a[2] + x * high));
     const float q = x * (b[0] + x * (b[1] + x * (b[2] + x * (b[3] + x * b[4]))));
     return p / (1.0f + fabsf(q));
   }
   const float u = 1.0f / x;
-  const float p = a[6] + u * (a[5] + u * (a[4] + u * (a[3] + u * (a[2] + u * (a[1] + u * a[0])))));
+  const float low = a[3] + u * (a[2] + u * (a[1] + u * a[0]));
+  const float p = a[6] + u * (a[5] + u * (a[4] + u * low));
   const float q = b[4] + u * (b[3] + u * (b[2] + u * (b[1] + u * b[0])));
   const float u2 = u * u;
   return fabsf(x) * (p / (fabsf(u) * u2 * u2 + fabsf(q)));

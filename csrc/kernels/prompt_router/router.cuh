@@ -1,7 +1,7 @@
 // What the forward and the backward of the prompt router share on a GPU: which slot of the grid
 // works on which chunk of which prompt. The host knows neither spans nor routers (to read them
-// would stop the stream), so the grid has one slot per possible chunk: num_tokens / kRouterChunk plus one
-// per prompt suffices, since spans do not overlap.
+// would stop the stream), so the grid has one slot per possible chunk: num_tokens / kRouterChunk
+// plus one per prompt suffices, since spans do not overlap.
 #pragma once
 
 #include "kernels/cuda/device.cuh"

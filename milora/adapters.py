@@ -263,9 +263,9 @@ def raise_all(where: str | os.PathLike, problems: list[str]) -> None:
     """Raise an AdapterError that lists the problems, if there are any."""
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise AdapterError(
-            f"{os.fspath(where)}: the adapter does not fit this model ({len(problems)} problems):\n"
-            f"{listed}"
+            f"{os.fspath(where)}: the adapter does not fit this model ({count}):\n{listed}"
         )
 
 

@@ -331,10 +331,10 @@ class PeftMiLoRAModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     def _freeze_coefficients(self) -> None:
-        """With `bilevel=False` the rational coefficients are constants."""
+        """The rational coefficients train in `milora.activation_phase` alone."""
         runtime = self._runtime()
-        for name, config in runtime.configs.items():
-            for router in runtime.routers_of(name) if not config.bilevel else ():
+        for name in runtime.configs if not runtime.train_theta else ():
+            for router in runtime.routers_of(name):
                 if router is not None and router.theta is not None:
                     router.theta.requires_grad_(False)
 

@@ -1,9 +1,7 @@
-"""The bi-level trainer: what moves when, resuming to the same bits, several processes, the logs."""
+"""The bi-level trainer: what moves when, resuming to the same bits, several processes."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -12,51 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from text_model import tiny_llama
+from text_model import byte_tokenizer, examples, make_trainer, sums, tiny_llama
 from torch.utils.data import IterableDataset
 
 import milora
-from milora.data import CompletionCollator
-from milora.train import MiLoRACallback, MiLoRATrainer
+from milora.train import MiLoRATrainer
 from milora.train.bilevel import ACTIVATION_STATE
-from milora.train.metrics import mean_shares, read_metrics, short_names
+from milora.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def examples(count: int = 24, seed: int = 1) -> list[dict]:
-    """Random token rows of mixed lengths, each with a prompt and an answer."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        ids = torch.randint(4, 300, (6 + i % 5,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:]})
-    return rows
-
-
-def make_trainer(output, model=None, config=None, arguments=None, **options) -> MiLoRATrainer:
-    if model is None:
-        model = tiny_llama()
-        milora.attach(model, config or milora.MiLoRAConfig(rank=4, dropout=0.1))
-    arguments = {
-        "output_dir": str(output),
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "logging_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **(arguments or {}),
-    }
-    options = {"activation_lr": 1e-2, "train_dataset": examples(), **options}
-    return MiLoRATrainer(
-        model=model,
-        args=transformers.TrainingArguments(**arguments),
-        data_collator=CompletionCollator(),
-        **options,
-    )
 
 
 def snapshot(model) -> dict[str, torch.Tensor]:
@@ -281,6 +243,33 @@ def test_given_activation_data_leave_the_training_data_whole(tmp_path):
     assert trainer.train().global_step == 6
 
 
+def test_the_mixin_serves_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from milora.train import BilevelTrainerMixin
+
+    class Trainer(BilevelTrainerMixin, trl.SFTTrainer):
+        pass
+
+    model = milora.attach(tiny_llama(), milora.MiLoRAConfig(rank=4))
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, save_strategy="no",
+        report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(sums(24)),
+        processing_class=byte_tokenizer(),
+        activation_lr=1e-2,
+    )
+    before = [theta.clone() for theta in milora.activation_parameters(model)]
+    trainer.train()
+    assert trainer._activation_stream.position == 3
+    after = milora.activation_parameters(model)
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 # ---- resuming -----------------------------------------------------------------------------------
 
 
@@ -338,104 +327,6 @@ def test_a_checkpoint_without_theta_is_no_start_for_a_bilevel_run(tmp_path):
         _train_to(tmp_path, 6).train(resume_from_checkpoint=str(checkpoint))
 
 
-# ---- perplexity and logs ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_perplexity_is_per_answer_token_whatever_the_batches(tmp_path, batch_size):
-    rows = examples(8, seed=4)
-    trainer = make_trainer(
-        tmp_path, eval_dataset=rows, arguments={"per_device_eval_batch_size": batch_size}
-    )
-    loss, tokens = 0.0, 0
-    collate = CompletionCollator()
-    for row in rows:
-        batch = collate([row])
-        with torch.no_grad():
-            logits = trainer.model.eval()(**batch).logits[0, :-1].double()
-        targets = batch["labels"][0, 1:]
-        kept = targets != -100
-        loss += torch.nn.functional.cross_entropy(
-            logits[kept], targets[kept], reduction="sum"
-        ).item()
-        tokens += int(kept.sum())
-    measured = trainer.evaluate()["eval_perplexity"]
-    assert measured == pytest.approx(math.exp(loss / tokens), rel=1e-5)
-
-
-def test_early_stopping_follows_perplexity(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        eval_dataset=examples(4, seed=4),
-        callbacks=[transformers.EarlyStoppingCallback(2)],
-        arguments={
-            "max_steps": 50,
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "save_total_limit": 1,
-            "learning_rate": 0.0,  # nothing gets better
-            "metric_for_best_model": "perplexity",
-            "greater_is_better": False,
-            "load_best_model_at_end": True,
-        },
-        activation_lr=0.0,
-    )
-    assert trainer.train().global_step == 3
-    assert trainer.state.best_global_step == 1
-    assert trainer.state.best_metric > 1
-
-
-def test_logs_and_metrics_file_hold_the_balance(tmp_path):
-    trainer = make_trainer(tmp_path, arguments={"logging_steps": 3})
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 2
-    for log in logs:
-        assert log["balance_loss"] > 0
-        shares = [log[key] for key in log if key.startswith("share/")]
-        assert len(shares) == 7 and sum(shares) == pytest.approx(1, abs=1e-3)
-    experts, lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [len(block) for block in experts] == [7, 7]
-    with_shares = [line for line in lines if "shares" in line]
-    assert [line["step"] for line in with_shares] == [3, 6]
-    assert sum(with_shares[0]["shares"][1]) == pytest.approx(1, abs=1e-3)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) < 1500
-
-
-def test_the_callback_serves_a_stock_trainer(tmp_path):
-    model = tiny_llama()
-    milora.attach(model, milora.MiLoRAConfig(rank=4))
-    trainer = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=examples(),
-        data_collator=CompletionCollator(),
-        callbacks=[MiLoRACallback(tmp_path / "elsewhere.jsonl")],
-    )
-    trainer.train()
-    assert all("balance_loss" in log for log in trainer.state.log_history if "loss" in log)
-    assert len(read_metrics(tmp_path / "elsewhere.jsonl")[1]) == 3
-
-
-def test_experts_of_one_name_stay_apart():
-    paths = ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
-    assert short_names(paths) == {
-        "attn.c_attn": "c_attn", "attn.c_proj": "attn.c_proj", "mlp.c_proj": "mlp.c_proj"
-    }  # fmt: skip
-    report = {"share": {0: {"a.q": 0.25, "a.k": 0.75}, 1: {"a.q": 0.75, "a.k": 0.25}}}
-    assert mean_shares(report) == {"share/q": 0.5, "share/k": 0.5}
-
-
 # ---- several processes --------------------------------------------------------------------------
 
 WORKER = """
@@ -443,7 +334,7 @@ import json, os, sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import milora
-from test_bilevel import examples, make_trainer
+from text_model import make_trainer
 trainer = make_trainer(
     {output!r} + os.environ["RANK"],
     arguments={{"max_steps": 3, "per_device_train_batch_size": {batch}}},
@@ -493,10 +384,3 @@ def test_two_processes_do_the_step_of_one(tmp_path):
 
 def _fresh():
     return milora.attach(tiny_llama(), milora.MiLoRAConfig(rank=4))
-
-
-def test_the_metrics_header_is_checked(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"format": "other"}) + "\n")
-    with pytest.raises(ValueError, match="must begin with format milora_metrics version 1"):
-        read_metrics(path)

@@ -1,4 +1,4 @@
-"""A tiny random Llama and a tokenizer made on the spot, so that tests download nothing."""
+"""A tiny random Llama, a tokenizer, data and a trainer, so that tests download nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import milora
+from milora.data import CompletionCollator
+from milora.train import MiLoRATrainer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<e>{% endfor %}"
@@ -67,3 +72,44 @@ def write_jsonl(path: Path, records: list[dict]) -> str:
 def sums(count: int) -> list[dict]:
     """Small prompts with answers."""
     return [{"prompt": f"{i}+{i % 7}=", "completion": f"{i + i % 7}"} for i in range(count)]
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def examples(count: int = 24, seed: int = 1) -> list[dict]:
+    """Random token rows of mixed lengths, each with a prompt and an answer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(4, 300, (6 + i % 5,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:]})
+    return rows
+
+
+def make_trainer(
+    output, model=None, config=None, arguments=None, trainer_class=MiLoRATrainer, **options
+):
+    """A bi-level trainer of six short steps on a tiny model; `arguments` are TrainingArguments."""
+    if model is None:
+        model = tiny_llama()
+        milora.attach(model, config or milora.MiLoRAConfig(rank=4, dropout=0.1))
+    arguments = {
+        "output_dir": str(output),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **(arguments or {}),
+    }
+    options = {"activation_lr": 1e-2, "train_dataset": examples(), **options}
+    return trainer_class(
+        model=model,
+        args=transformers.TrainingArguments(**arguments),
+        data_collator=CompletionCollator(),
+        **options,
+    )

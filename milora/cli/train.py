@@ -44,7 +44,7 @@ def run(namespace: argparse.Namespace) -> int:
         _refuse_old_run(output)
     examples = _read_files(options)  # before the slow imports: a bad line is found at once
     check_writable_folder(output)
-    save_options(options)
+    save_options(options, keep_files=namespace.resume)
 
     import transformers
 
@@ -52,11 +52,11 @@ def run(namespace: argparse.Namespace) -> int:
     model, tokenizer = load_model(options.model, options.dtype, options.device)
     data = _encode(examples, options, tokenizer)
     _attach(model, options)
-    trainer, stop = _make_trainer(model, tokenizer, data, options)
+    trainer, stop, bar = _make_trainer(model, tokenizer, data, options)
     started = time.perf_counter()
-    with stop, user_errors(FileNotFoundError):
+    with stop, bar, user_errors(FileNotFoundError):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.interrupted:
+    if stop.stopped:
         note(
             f"interrupted: step {trainer.state.global_step} of {trainer.state.max_steps} is saved; "
             f"go on with: milora train --resume --output {output}"
@@ -167,7 +167,7 @@ def _attach(model, options: TrainOptions) -> None:
 
 
 def _make_trainer(model, tokenizer, data: _Data, options: TrainOptions):
-    """The trainer, and the callback that turns Ctrl-C into a checkpoint."""
+    """The trainer, the callback that turns Ctrl-C into a checkpoint, and the progress bar."""
     import transformers
 
     from milora.cli.train_progress import TrainProgress
@@ -175,8 +175,8 @@ def _make_trainer(model, tokenizer, data: _Data, options: TrainOptions):
     from milora.train.bilevel import MiLoRATrainer
     from milora.train.interrupt import InterruptCallback
 
-    stop = InterruptCallback()
-    callbacks = [stop, TrainProgress()]
+    stop, bar = InterruptCallback(), TrainProgress()
+    callbacks = [stop, bar]
     if data.dev is not None and options.patience:
         callbacks.append(transformers.EarlyStoppingCallback(options.patience))
     with user_errors(ValueError):
@@ -192,7 +192,7 @@ def _make_trainer(model, tokenizer, data: _Data, options: TrainOptions):
             activation_max_grad_norm=options.activation_max_grad_norm,
         )
     trainer.remove_callback(transformers.PrinterCallback)  # it would print dicts on stdout
-    return trainer, stop
+    return trainer, stop, bar
 
 
 def _training_arguments(model, options: TrainOptions, *, has_dev: bool):

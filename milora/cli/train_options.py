@@ -7,6 +7,7 @@ that a resumed run cannot silently become another experiment.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -206,9 +207,31 @@ def _refuse(name: str, allowed: str, value: Any) -> None:
     raise UserError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
 
 
-def save_options(options: TrainOptions) -> None:
+def save_options(options: TrainOptions, *, keep_files: bool) -> None:
+    """Store the options, and the sums of the files that they name.
+
+    Args:
+        keep_files: a resumed run: refuse files that have changed since it began.
+
+    Raises:
+        UserError: a file has changed.
+    """
     path = Path(options.output) / OPTIONS_FILE
-    path.write_text(json.dumps({"version": VERSION, **asdict(options)}, indent=2) + "\n", "utf-8")
+    named = [options.data, options.dev_data, options.activation_data, options.chat_template]
+    sums = {
+        name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        for name in named
+        if name and Path(name).is_file()
+    }
+    if keep_files:
+        before = json.loads(path.read_text("utf-8")).get("files", {})
+        if changed := [name for name in before if before[name] != sums.get(name)]:
+            raise UserError(
+                f"these files have changed since the run began: {', '.join(changed)}",
+                hint="restore them, or start a new run in another --output",
+            )
+    record = {"version": VERSION, "files": sums, **asdict(options)}
+    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def load_options(output: Path) -> dict[str, Any]:
@@ -223,6 +246,7 @@ def load_options(output: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text("utf-8"))
         version = stored.pop("version")
+        stored.pop("files", None)
         TrainOptions(**stored)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no file of stored options: {error}") from None

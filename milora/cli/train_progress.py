@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from transformers import TrainerCallback
 
 from milora.cli.console import note, progress
 
 
-class TrainProgress(TrainerCallback):
-    """Shows step, loss, dev perplexity and balance loss."""
+class TrainProgress(TrainerCallback, AbstractContextManager):
+    """Shows step, loss, dev perplexity and balance loss.
+
+    Use it as a context manager around `trainer.train()`: a bar that an error leaves running keeps
+    the terminal's cursor hidden.
+    """
 
     def __init__(self):
         self._status: dict[str, str] = {}
@@ -39,6 +45,7 @@ class TrainProgress(TrainerCallback):
         else:
             self._bar.update(self._bar.task_ids[0], status=status)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._context.__exit__(None, None, None)
-        self._bar = None
+    def __exit__(self, *exc_info):
+        if self._bar is not None:
+            self._context.__exit__(None, None, None)
+            self._bar = None

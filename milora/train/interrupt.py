@@ -16,10 +16,12 @@ class InterruptCallback(TrainerCallback, AbstractContextManager):
 
     Attributes:
         interrupted: a signal came.
+        stopped: it came in time to end the training early, with a checkpoint.
     """
 
     def __init__(self):
         self.interrupted = False
+        self.stopped = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self):
@@ -40,9 +42,9 @@ class InterruptCallback(TrainerCallback, AbstractContextManager):
         self.interrupted = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
+        if self.interrupted and state.global_step < state.max_steps:
+            self.stopped = True
             # Only a whole step has a checkpoint that resumes to the same bits.
             control.should_save = True
             control.should_training_stop = True
-            control.should_evaluate = False
         return control

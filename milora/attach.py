@@ -202,22 +202,23 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingState]]:
 def activation_phase(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Train the rational coefficients Θ inside, and nothing else.   [MiLoRA, appendix A]
 
-    Outside of it Θ gets no gradient; inside of it nothing else does.
+    Outside of it Θ asks for no gradient: an optimizer made of what does will not hold it, and DDP
+    will not wait for it. Inside of it nothing else does.
     Yields: the coefficients.
     """
     runtime = runtime_of(model)
     theta = activation_parameters(model)
-    kept = {id(parameter) for parameter in theta}
-    frozen = [p for p in runtime.model.parameters() if p.requires_grad and id(p) not in kept]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    before = [(p, p.requires_grad) for p in runtime.model.parameters()]
+    runtime.model.requires_grad_(False)
+    for parameter in theta:
+        parameter.requires_grad_(True)
     runtime.train_theta = True
     try:
         yield theta
     finally:
         runtime.train_theta = False
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
 
 
 # ---- statistics -------------------------------------------------------------------------------
@@ -411,8 +412,8 @@ def _add_adapter(
             width = hidden_size(runtime.model, first)
             router = add_router(runtime, name, index, width, first.device, generator)
             router.requires_grad_(trainable)
-            if router.theta is not None and not config.bilevel:
-                router.theta.requires_grad_(False)
+            if router.theta is not None:
+                router.theta.requires_grad_(False)  # until `activation_phase`
 
 
 def spec_of(config: MiLoRAConfig, block: str, path: str, shape: tuple[int, int]) -> ExpertSpec:

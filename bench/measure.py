@@ -74,13 +74,13 @@ class Report:
     """Prints a line per measurement and appends it to the JSON file."""
 
     def __init__(self, bench: str, args: argparse.Namespace):
-        from milora import _build
+        from milora import __version__, _build
 
         self.path = args.json
         self.common = {
             "bench": bench,
             "hardware": hardware(args.device),
-            "versions": {"torch": torch.__version__, "milora": _build.build_info()["version"]},
+            "versions": {"torch": torch.__version__, "milora": __version__},
             "isa": _build.cpu_isa() if args.device == "cpu" else "cuda",
             "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -40,3 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(milora, CUDA, m) { register_ops(m); }
 
 // The loader compares this with the Python package's version before it uses the library.
 MILORA_EXPORT const char* milora_version() { return MILORA_VERSION; }
+
+// Architectures of the CUDA kernels in here, "" without any. Said by this library and not by the
+// pybind11 module, which another Python's build of the package does not have.
+MILORA_EXPORT const char* milora_cuda_archs() { return MILORA_CUDA_ARCHS; }

@@ -23,9 +23,7 @@ py::dict build_info() {
   info["cxx_compiler"] = MILORA_CXX_COMPILER;
   info["cpu_isas"] = split(MILORA_ISA_NAMES, ',');
   const std::string cuda = MILORA_CUDA_COMPILER;
-  info["cuda"] = cuda != "none";
   info["cuda_compiler"] = cuda != "none" ? py::object(py::str(cuda)) : py::object(py::none());
-  info["cuda_archs"] = split(MILORA_CUDA_ARCHS, ' ');
   return info;
 }
 

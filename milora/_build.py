@@ -34,6 +34,7 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))
         library.milora_version.restype = ctypes.c_char_p
+        library.milora_cuda_archs.restype = ctypes.c_char_p
         found = library.milora_version().decode()
     except (OSError, AttributeError) as error:
         raise ImportError(
@@ -82,6 +83,11 @@ def set_cpu_isa(name: str) -> None:
     _select_isa(load_library(), name)
 
 
+def cuda_archs() -> list[str]:
+    """The GPU architectures that the library has kernels for; empty in a CPU build."""
+    return load_library().milora_cuda_archs().decode().split()
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled and what is in use.
 
@@ -92,5 +98,7 @@ def build_info() -> dict[str, Any]:
     from milora import _native
 
     info: dict[str, Any] = dict(_native.build_info())
-    info.update(cpu_isa=cpu_isa(), library=str(LIBRARY_PATH), torch=torch.__version__)
+    archs = cuda_archs()
+    info.update(cpu_isa=cpu_isa(), cuda=bool(archs), cuda_archs=archs)
+    info.update(library=str(LIBRARY_PATH), torch=torch.__version__)
     return info

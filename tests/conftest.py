@@ -20,7 +20,7 @@ def device(request) -> str:
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA GPU on this machine")
-        if not _build.build_info()["cuda"]:
+        if not _build.cuda_archs():
             pytest.skip("milora was built without CUDA")
     return request.param
 

@@ -110,11 +110,7 @@ def _pad_rows(w_r: Tensor, rows: int) -> Tensor:
 def _coefficients(router: PromptRouter, train: bool, device: torch.device) -> Tensor:
     if router.theta is None:
         return torch.zeros(NUM_COEFFICIENTS, device=device)
-    if train:
-        return router.theta
-    if keeps_unused_edges() and router.theta.requires_grad:
-        return router.theta.detach() + 0.0 * router.theta
-    return router.theta.detach()
+    return router.theta if train else router.theta.detach()
 
 
 def keeps_unused_edges() -> bool:

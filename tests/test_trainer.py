@@ -306,7 +306,7 @@ def test_a_huge_dimension_leaves_the_step_of_omega_as_it_was(tmp_path):
     """One dimension of 1e3 in H gives Θ a huge gradient, which must not shrink the step of Ω.
 
     Left out are the router's own weights of that dimension. They stay in Ω's norm, so Ω is clipped
-    more; AdamW's step does not depend on the gradients' scale but through its epsilon, hence the 1 %.
+    more; AdamW's step depends on the gradients' scale through its epsilon alone, hence the 1 %.
     """
     steps = []
     for value in (0.0, 1e3):

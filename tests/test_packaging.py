@@ -1,4 +1,4 @@
-"""The source distribution and the wheel hold what they need and nothing else, and the wheel works."""
+"""The sdist and the wheel hold what they need and nothing else, and the wheel works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from milora import _build
 assert "site-packages" in milora.__file__ and _build.build_info()["version"] == milora.__version__
 torch.manual_seed(0)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64))
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+))
 milora.attach(model, milora.MiLoRAConfig(rank=4))
 ids = torch.arange(3, 9)[None]
 out = model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -83,8 +84,9 @@ def test_the_sdist_holds_sources_only(dist):
     ):
         assert needed in names
     tops = {name.split("/")[0] for name in names}
-    allowed = {"CMakeLists.txt", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md"}
-    allowed |= {"LICENSE", "PKG-INFO", "csrc", "third_party", "milora", "milora.egg-info"}
+    allowed = {"CMakeLists.txt", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in"}
+    allowed |= {"README.md", "LICENSE", "PKG-INFO", "csrc", "third_party", "milora"}
+    allowed |= {"milora.egg-info"}
     assert tops <= allowed
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
 

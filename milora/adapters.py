@@ -162,13 +162,17 @@ def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         )
     config = runtime.configs[adapter_name]
     kind = get_kind(config.expert)
-    checksums = {
-        f"{block.path}.{block.experts[linear.column]}": checksum
-        for block, linears in zip(runtime.blocks, runtime.linears, strict=True)
-        for linear in linears
-        if adapter_name in linear.specs
-        and (checksum := kind.checksum(linear.specs[adapter_name])) is not None
-    }
+    checksums: dict[str, str] = {}
+    for block, linears in zip(runtime.blocks, runtime.linears, strict=True):
+        for linear in linears:
+            if (spec := linear.specs.get(adapter_name)) is None:
+                continue
+            # Making frozen factors takes a minute for a large model; those at hand are the same,
+            # unless the model was cast.
+            frozen = linear.frozen(adapter_name)
+            is_same = all(t.dtype == torch.float32 and not t.is_meta for t in frozen.values())
+            if (checksum := kind.checksum(spec, frozen if is_same else None)) is not None:
+                checksums[f"{block.path}.{block.experts[linear.column]}"] = checksum
     return {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM" if runtime.is_causal else None,

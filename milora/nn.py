@@ -96,7 +96,7 @@ class MiLoRALinear(nn.Module):
         self._packs.clear()
 
     def remove_adapter(self, name: str) -> None:
-        for key in [*get_kind(self.kinds[name]).tensors(self.specs[name]), *self._frozen(name)]:
+        for key in [*get_kind(self.kinds[name]).tensors(self.specs[name]), *self.frozen(name)]:
             del self._modules[key][name]
             if not self._modules[key]:
                 del self._modules[key]
@@ -112,9 +112,10 @@ class MiLoRALinear(nn.Module):
         """(A, B, scale, output vector) of one adapter's expert, differentiable."""
         expert = get_kind(self.kinds[name])
         tensors = self.tensors(name)
-        return expert.materialise(tensors, self._frozen(name), self.specs[name], self.dense_weight)
+        return expert.materialise(tensors, self.frozen(name), self.specs[name], self.dense_weight)
 
-    def _frozen(self, name: str) -> dict[str, Tensor]:
+    def frozen(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one adapter's expert that are not trained and not saved."""
         trainable = get_kind(self.kinds[name]).tensors(self.specs[name])
         return {
             key: module[name].weight

@@ -493,6 +493,13 @@ def test_frozen_factors_are_checked(tmp_path):
             milora.load(build("llama"), tmp_path)
 
 
+def test_a_model_that_was_cast(tmp_path):
+    """The file's checksums are of the factors as they are made, not as a cast rounded them."""
+    model = attached(OPTIONS["lora_mini"]).bfloat16()
+    milora.save(model, tmp_path)
+    assert logits(milora.load(build("llama").bfloat16(), tmp_path)).isfinite().all()
+
+
 def test_a_load_that_fails_late_takes_the_adapter_off(tmp_path, saved, monkeypatch):
     write(tmp_path, *saved)
     model = attached()

@@ -1,4 +1,4 @@
-"""MiLoRA in PEFT 0.19 to 0.21: `peft.get_peft_model(model, milora.MiLoRAConfig(...))` and the rest.
+"""MiLoRA in PEFT 0.20 and 0.21: `peft.get_peft_model(model, milora.MiLoRAConfig(...))` and on.
 
 PEFT keeps its life cycle (get_peft_model, save_pretrained, add_adapter, set_adapter, Trainer), and
 milora does the work: the tuner calls `milora.attach` and switches adapters in the model's
@@ -45,8 +45,9 @@ from milora.experts import get_kind
 from milora.nn import MiLoRALinear
 from milora.runtime import ROUTER_NAME, Runtime
 
-if not (0, 19) <= tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 22):
-    raise ImportError(f"milora.integrations.peft needs peft 0.19 to 0.21, found {peft.__version__}")
+# PEFT 0.19 saves the tensors of all adapters into each adapter's file.
+if tuple(int(part) for part in peft.__version__.split(".")[:2]) not in ((0, 20), (0, 21)):
+    raise ImportError(f"milora.integrations.peft needs peft 0.20 or 0.21, found {peft.__version__}")
 
 
 @dataclass
@@ -164,6 +165,9 @@ class PeftMiLoRAModel(BaseTuner):
     prefix = "milora_"
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # before 0.21 PEFT goes past the model's hooks here
 
     # ---- adding and removing ------------------------------------------------------------------
 

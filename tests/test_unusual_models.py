@@ -90,6 +90,49 @@ def test_plain_modules_that_cannot_be_routed():
         model.blocks[0](torch.zeros(1, 3, HIDDEN))
 
 
+class Mixture(nn.Module):
+    """A mixture of experts that keeps them in a list, beside a linear gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 2)
+        self.experts = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x):
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+def test_mixtures_of_experts_are_left_out():
+    model = Plain()
+    for block in model.blocks:
+        block.mixture = Mixture()
+    milora.attach(model, Config(rank=4))
+    assert all(set(block.experts) == {"up", "down"} for block in runtime_of(model).blocks)
+
+
+def test_a_shared_module_belongs_to_its_first_block():
+    """Its other users follow the first block's gate, as Zamba's shared transformer does."""
+    model = Plain()
+    shared = Layer()
+    for block in model.blocks:
+        block.up, block.down = shared, nn.Linear(HIDDEN, HIDDEN)
+    randomize(milora.attach(model, Config(rank=4, top_k=1)))
+    first, second = runtime_of(model).blocks
+    assert (set(first.experts), set(second.experts)) == ({"up.up", "up.down", "down"}, {"down"})
+    seen = []
+    shared.up.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+    ids = left_padded((4,))["input_ids"]
+    with torch.no_grad(), milora.record_routing(model) as states, milora.prompt_lengths(model, 4):
+        model(ids)
+    assert len(seen) == 2
+    gate = states[0].block_gates[0][0, first.experts.index("up.up")]
+    weights = shared.up.weights("default")
+    for x, y in seen:
+        change = gate * weights.scale * x @ weights.a.T @ weights.b.T
+        torch.testing.assert_close(y, shared.up.base_layer(x) + change)
+
+
 # ---- unusual models of transformers -----------------------------------------------------------
 
 

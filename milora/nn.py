@@ -193,6 +193,12 @@ class MiLoRALinear(nn.Module):
 
     def _forward_train(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
         self._packs.clear()  # the weights are about to change
+        if x.requires_grad and _is_repacked(self.base_layer):
+            raise RuntimeError(
+                "milora: bitsandbytes has repacked this model's 4-bit weights for CPU inference (a "
+                "forward in eval mode does), so no gradient passes through them; train a freshly "
+                "loaded model without evaluating it, use 8 bit or torchao, or a GPU"
+            )
         names = [name for name in call.adapters if name in self.specs]
         if not names:
             return y
@@ -319,6 +325,8 @@ def _dequantized(linear: nn.Module) -> Tensor | None:
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor):
         return None
+    if _is_repacked(linear):  # products with unit vectors: its layout is bitsandbytes' own
+        return linear(torch.eye(linear.in_features, device=weight.device)).T
     if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bit
         from bitsandbytes.functional import dequantize_4bit
 
@@ -329,6 +337,15 @@ def _dequantized(linear: nn.Module) -> Tensor | None:
     if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
         return weight.dequantize()
     return weight
+
+
+def _is_repacked(linear: nn.Module) -> bool:
+    """Whether bitsandbytes has rearranged a 4-bit weight for AVX-512 inference on a CPU.
+
+    It does so in place on the first forward in eval mode; such a weight passes no gradient on.
+    """
+    quant_state = getattr(getattr(linear, "weight", None), "quant_state", None)
+    return bool(getattr(quant_state, "packing_format_for_cpu", False))
 
 
 class _ZeroGrads(torch.autograd.Function):

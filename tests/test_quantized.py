@@ -75,10 +75,10 @@ def base(request):
     package = request.param.partition("-")[0]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    model = build("llama", intermediate_size=64)  # 4-bit blocks hold 64 weights
+    model = build("llama", hidden_size=64, intermediate_size=64)  # 4-bit blocks hold 64 weights
     QUANTIZERS[request.param](model)
     model.requires_grad_(False)
-    return model
+    return model.eval()
 
 
 def attached(base: nn.Module, kind: str) -> nn.Module:
@@ -130,7 +130,7 @@ def test_training_step(base, kind):
     labels = batch["input_ids"].clone()
     labels[:, :-2] = -100
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=2e-3)
     losses = []
     for _ in range(8):
         loss = model(**batch, labels=labels).loss
@@ -235,3 +235,28 @@ def test_packed_base_refuses_dora_by_name(packed):
     with pytest.raises(TypeError, match=r"(Packed|Float8)Linear with .* cannot be dequantized"):
         attached(packed, "dora")
     assert dict(packed.named_modules()) == modules
+
+
+def test_repacked_4_bit_base_generates_with_dora_and_refuses_to_train():
+    """On CPUs with AVX-512 BF16, bitsandbytes rearranges a weight on its first eval forward."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no AVX-512 BF16")
+    torch.set_num_threads(1)
+    model = build("llama", hidden_size=64, intermediate_size=64)
+    bitsandbytes_nf4(model)
+    attached(model.eval(), "dora")
+    before = [linear.dense_weight() for linear in linears_of(model)]
+    batch = left_padded(LENGTHS)
+    with torch.no_grad():
+        model(**batch, use_cache=True)
+    for linear, dense in zip(linears_of(model), before, strict=True):
+        assert linear.base_layer.weight.quant_state.packing_format_for_cpu
+        torch.testing.assert_close(linear.dense_weight(), dense, atol=0, rtol=2**-6)  # bfloat16
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    with pytest.raises(RuntimeError, match="repacked this model's 4-bit weights"):
+        model.train()(**batch, labels=labels)

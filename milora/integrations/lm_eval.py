@@ -33,7 +33,8 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "milora.integrations.lm_eval needs lm-evaluation-harness: pip install 'lm_eval>=0.4.13,<0.5'"
+        "milora.integrations.lm_eval needs lm-evaluation-harness: "
+        "pip install 'lm_eval>=0.4.13,<0.5'"
     ) from error
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]

@@ -47,9 +47,7 @@ class BalanceWindow:
         Returns: scalar, differentiable in the probabilities.
         """
         self.widths = [p.shape[1] for p in probabilities]
-        counts = torch.cat(
-            [torch.bincount(p.detach().argmax(-1), minlength=p.shape[1]) for p in probabilities]
-        )
+        counts = torch.cat([_leads(p.detach()) for p in probabilities])
         num_prompts = probabilities[0].shape[0]
         if weights is None:
             weights = probabilities[0].new_full((num_prompts,), 1 / max(num_prompts, 1))
@@ -89,6 +87,12 @@ class BalanceWindow:
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.widths = [int(width) for width in state["widths"]]
         self.steps = [(int(n), torch.tensor(c, device=device)) for n, c in state["steps"]]
+
+
+def _leads(probabilities: Tensor) -> Tensor:
+    """[N] int64: how often each expert is the argmax. `torch.bincount` would wait for a GPU."""
+    experts = torch.arange(probabilities.shape[1], device=probabilities.device)
+    return (probabilities.argmax(-1, keepdim=True) == experts).sum(0)
 
 
 @dataclass

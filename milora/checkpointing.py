@@ -79,12 +79,10 @@ class CheckpointedBlock:
             entering = torch.zeros((), requires_grad=True)
         else:
             entering = call.state.block_pooled[source]
-        seen = {"runs": 0, "tuple": False}
+        seen: dict[str, Any] = {}  # by the last run; the closure must not hold `call` and its graph
 
         def run(entering: torch.Tensor, *args: Any) -> tuple:
             mine = template.for_replay()
-            mine.replay = seen["runs"] > 0
-            seen["runs"] += 1
             if source is not None:
                 mine.state.block_pooled[source] = entering
             with _current(self.runtime, mine):
@@ -93,11 +91,14 @@ class CheckpointedBlock:
             routed = [state.block_probabilities[self.index], state.block_gates[self.index]]
             if self.runtime.is_encoder_decoder:
                 routed.append(state.block_pooled[self.index])
+            seen["counts"] = mine.routed_prompts, mine.router_launches
             seen["tuple"] = isinstance(output, tuple)
             outputs = output if seen["tuple"] else (output,)
             return (*routed, *outputs)
 
         results = self.inner(run, entering, *args, **kwargs)
+        call.routed_prompts += seen["counts"][0]
+        call.router_launches += seen["counts"][1]
         state = call.state
         state.block_probabilities[self.index], state.block_gates[self.index] = results[:2]
         num_routed = 2

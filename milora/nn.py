@@ -176,7 +176,7 @@ class MiLoRALinear(nn.Module):
         if not y.is_contiguous():
             y = y.contiguous()
         rows = y.view(-1, self.d_out)
-        pool, offsets, ranks, scales = self._pack(call, y)
+        pool, offsets, ranks, scales = self.pack(call.adapters, y.dtype)
         ops.grouped_lora_(
             [rows],
             x.reshape(-1, self.d_in).to(y.dtype),
@@ -258,15 +258,18 @@ class MiLoRALinear(nn.Module):
 
     # ---- the packed form that inference reads --------------------------------------------------
 
-    def _pack(self, call: Call, y: Tensor) -> tuple[Tensor, ...]:
-        key = (call.adapters, y.dtype, y.device)
-        entry = self._packs.get(key)
-        if entry is not None and not call.fresh:
-            return entry[1]
-        if entry is None or entry[0] != self._versions(call.adapters):
-            entry = self._build_pack(call.adapters, y.dtype)
-            self._packs[key] = entry
+    def pack(self, adapters: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Pool, offsets, ranks and scales of these adapters' experts, for `ops.grouped_lora_`."""
+        entry = self._packs.get((adapters, dtype))
+        if entry is None:
+            entry = self._packs[(adapters, dtype)] = self._build_pack(adapters, dtype)
         return entry[1]
+
+    def drop_stale_packs(self) -> None:
+        """Forget packs of weights that have changed; asked for at the start of a prefill."""
+        for key, entry in list(self._packs.items()):
+            if entry[0] != self._versions(key[0]):
+                del self._packs[key]
 
     def _versions(self, adapters: tuple[str, ...]) -> tuple:
         return tuple(

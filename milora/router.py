@@ -92,7 +92,8 @@ def route(
     zeros = torch.zeros(h.shape[-1], device=h.device)
     w_sa = torch.stack([zeros if router.w_sa is None else router.w_sa for router in routers])
     coef = torch.stack([_coefficients(router, train_theta, h.device) for router in routers])
-    codes = _codes(tuple(router.codes for router in routers), h.device)
+    make_codes = _codes.__wrapped__ if torch.compiler.is_compiling() else _codes
+    codes = make_codes(tuple(router.codes for router in routers), h.device)
     # float() undoes a cast of the whole model to bf16: routing is always float32.
     return ops.prompt_router(h, spans, router_of, w_sa.float(), w_r.float(), coef.float(), codes)
 

@@ -125,7 +125,7 @@ class RoutingState:
         On a GPU the answer would cost a wait for the device; there the kernels find out.
         """
         gates = self.block_gates[block]
-        if gates.device.type == "cpu":
+        if gates.device.type == "cpu" and not torch.compiler.is_compiling():
             self.block_active[block] = tuple((gates.detach() != 0).any(0).tolist())
 
     @property
@@ -306,17 +306,18 @@ class Plan:
 class Call:
     """One forward of the model: the state to fill or to reuse, and where the prompts are.
 
-    Without a `plan` the state must already hold the gates. `replay` marks the recompute of a
-    checkpointed block: it counts and records nothing.
+    Without a `plan` the state must already hold the gates. The counts join the model's `Stats` when
+    the forward has succeeded.
     """
 
-    def __init__(self, state: RoutingState, plan: Plan | None = None, *, replay: bool = False):
+    def __init__(self, state: RoutingState, plan: Plan | None = None):
         self.state = state
         self.adapters, self.adapter_of = state.adapter_table()
         self.plan = plan
-        self.replay = replay
         self.fresh = plan is not None  # a prefill or a training forward, not a decode step
         self.depth = 1
+        self.routed_prompts = 0
+        self.router_launches = 0
         self.cache: object | None = None  # where the state goes when the forward has succeeded
         self.labels: Tensor | None = None
         self.num_items: Tensor | int | None = None
@@ -338,7 +339,7 @@ class Call:
             state.names, state.blocks, state.adapters, state.row_of, state.prompt_lengths
         )
         empty._maps, empty._adapters = state._maps, state._adapters
-        return Call(empty, self.plan, replay=True)
+        return Call(empty, self.plan)
 
 
 def spans_of(

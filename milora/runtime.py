@@ -9,6 +9,7 @@ front of the block, and hands the gates to the block's linear modules through a 
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -113,9 +114,9 @@ class Runtime:
             if inputs.get("labels") is None:
                 inputs["labels"] = collected.labels
             inputs["num_items_in_batch"] = collected.num_items
-        self.local.call = self._open(module, inputs, names)
-        if self.model.training and torch.is_grad_enabled():
-            CheckpointedBlock.install(self)
+        is_compiling = torch.compiler.is_compiling()
+        prepare = self._prepare_uncompiled if is_compiling else self._prepare
+        self.local.call = prepare(module, inputs, names)
         return args, kwargs
 
     def finish(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -127,22 +128,52 @@ class Runtime:
         if call.depth > 0:
             return None
         self.local.call = None
-        if output is None:
+        if output is None or not call.fresh:
             return None
+        close = self._close_uncompiled if torch.compiler.is_compiling() else self._close
+        return close(call, module, output)
+
+    def _prepare(self, module: nn.Module, inputs: dict[str, Any], names: list | None) -> Call:
+        """What happens before the first block.
+
+        Outside of compiled graphs, as `_close`: values of tensors would cut them in many places.
+        """
+        call = self._open(module, inputs, names)
+        if self.model.training and torch.is_grad_enabled():
+            CheckpointedBlock.install(self)
+        elif call.fresh or not _is_continued(inputs.get("past_key_values")):
+            for linear in itertools.chain(*self.linears):
+                linear.drop_stale_packs()
+        return call
+
+    @torch.compiler.disable
+    def _prepare_uncompiled(self, *args: Any) -> Call:
+        call = self._prepare(*args)
+        dtype = getattr(self.model, "dtype", None)
+        if dtype is not None and not (self.model.training or torch.is_grad_enabled()):
+            for linear in itertools.chain(*self.linears):
+                linear.pack(call.adapters, dtype)  # no graph should have to build one
+        return call
+
+    def _close(self, call: Call, module: nn.Module, output: Any) -> Any:
+        """Hand on the route of a forward that made one, and its load-balance loss."""
         state = call.state
-        if call.fresh:
-            cache = call.cache if call.cache is not None else _get(output, "past_key_values")
-            if cache is not None:
-                follow_cache(cache, state.detached())
-                cache.__dict__.pop(prompts.PENDING, None)
-            if self.is_encoder_decoder and module is not self.model and hasattr(output, "keys"):
-                setattr(output, ROUTE, state)
-            if state.complete:
-                for recorder in self.recorders:
-                    recorder.append(state.detached())
+        self.stats.routed_prompts += call.routed_prompts
+        self.stats.router_launches += call.router_launches
+        cache = call.cache if call.cache is not None else _get(output, "past_key_values")
+        if cache is not None:
+            follow_cache(cache, state.detached())
+            cache.__dict__.pop(prompts.PENDING, None)
+        if self.is_encoder_decoder and module is not self.model and hasattr(output, "keys"):
+            setattr(output, ROUTE, state)
+        if state.complete:
+            for recorder in self.recorders:
+                recorder.append(state.detached())
         if self.model.training and torch.is_grad_enabled():
             return add_balance_loss(self, call, output)
         return None
+
+    _close_uncompiled = torch.compiler.disable(_close)
 
     def _generating(self) -> bool:
         return self.local.generation is not None and self.local.generation.adapters is not None
@@ -373,9 +404,8 @@ class Runtime:
         if self.is_encoder_decoder:
             state.block_pooled[index] = pooled
         state.note_active(index)
-        if not call.replay:
-            self.stats.routed_prompts += sum(name in routed for name in state.adapters)
-            self.stats.router_launches += 1
+        call.routed_prompts += sum(name in routed for name in state.adapters)
+        call.router_launches += 1
 
     def _prompt_hidden(
         self, call: Call, index: int, args: tuple, kwargs: dict
@@ -430,6 +460,13 @@ def _lookup(table: list[int], call: Call) -> Tensor:
         return call.adapter_of
     values = torch.tensor([*table, -1], dtype=torch.int32, device=call.adapter_of.device)
     return values[call.adapter_of.long()]
+
+
+def _is_continued(cache: Any) -> bool:
+    """Whether a transformers cache holds tokens, as far as its layers know without asking a GPU."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None) or ()
+    return any(getattr(layer, "is_initialized", False) for layer in layers)
 
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

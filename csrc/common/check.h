@@ -17,7 +17,8 @@ template <class... Args>
 
 template <class... Args>
 inline void check(bool ok, const char* op, const Args&... args) {
-  if (!ok) [[unlikely]] fail(op, args...);
+  if (!ok) [[unlikely]]
+    fail(op, args...);
 }
 
 }  // namespace milora

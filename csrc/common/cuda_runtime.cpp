@@ -14,11 +14,13 @@ GetStream find_get_stream() {
   // RTLD_NOLOAD: never load a second copy. RTLD_DEFAULT would not see it, since Python opens its
   // extensions with local symbols.
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-  check(library != nullptr, "milora", "torch must be built with CUDA, got one without "
-                                      "libtorch_cuda.so");
+  check(library != nullptr, "milora",
+        "torch must be built with CUDA, got one without "
+        "libtorch_cuda.so");
   void* symbol = dlsym(library, "aoti_torch_get_current_cuda_stream");
-  check(symbol != nullptr, "milora", "torch must be 2.10 or newer, got one without "
-                                     "aoti_torch_get_current_cuda_stream");
+  check(symbol != nullptr, "milora",
+        "torch must be 2.10 or newer, got one without "
+        "aoti_torch_get_current_cuda_stream");
   return reinterpret_cast<GetStream>(symbol);
 }
 

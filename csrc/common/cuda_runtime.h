@@ -24,8 +24,9 @@ void run_cuda(const char* op, const Tensor& x, const Launch& launch) {
 #else
 template <class Launch>
 [[noreturn]] void run_cuda(const char* op, const Tensor&, const Launch&) {
-  fail(op, "tensors must be on the CPU, because this milora was built without CUDA, got CUDA "
-           "tensors; rebuild with MILORA_CUDA=1");
+  fail(op,
+       "tensors must be on the CPU, because this milora was built without CUDA, got CUDA "
+       "tensors; rebuild with MILORA_CUDA=1");
 }
 #endif
 

@@ -60,7 +60,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor,
     same = same && (size < 0 || tensor.size(i) == size);
     ++i;
   }
-  if (same) [[likely]] return;
+  if (same) [[likely]]
+    return;
   std::ostringstream wanted;
   for (int64_t size : sizes) {
     wanted << (wanted.tellp() > 0 ? ", " : "") << (size < 0 ? "any" : std::to_string(size));
@@ -91,8 +92,7 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
 // the slowest.
 template <class Task>
 inline void run_tasks(int64_t count, bool parallel, const Task& task) {
-  const int64_t threads =
-      parallel ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
+  const int64_t threads = parallel ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;

@@ -116,8 +116,7 @@ void transpose_weights(const TrainPlan& plan, const LoraWeights* adapters, Dtype
     const LoraJob& job = jobs[i / pieces];
     const int64_t begin = i % pieces * kColsPerUnit;
     kernels.transpose_b(adapters[job.adapter].b, dtype, job.rank, d_out, begin,
-                        std::min(begin + kColsPerUnit, d_out),
-                        const_cast<void*>(job.bt));
+                        std::min(begin + kColsPerUnit, d_out), const_cast<void*>(job.bt));
   });
 }
 

@@ -25,8 +25,7 @@ void check_tables(const GroupedLoraPoolParams& p, const Tensor& x, const Tensor&
   check_shape(kOp, "offsets", offsets, {p.num_adapters, p.num_slices, 4},
               "[num_adapters, num_slices, 4]");
   check_shape(kOp, "ranks", ranks, {p.num_adapters, p.num_slices}, "[num_adapters, num_slices]");
-  check_shape(kOp, "scales", scales, {p.num_adapters, p.num_slices},
-              "[num_adapters, num_slices]");
+  check_shape(kOp, "scales", scales, {p.num_adapters, p.num_slices}, "[num_adapters, num_slices]");
   check_shape(kOp, "gates", gates, {-1, -1}, "[num_routes, num_experts]");
   check_shape(kOp, "route_of", route_of, {p.num_tokens}, "[num_tokens]");
   check_shape(kOp, "adapter_of", adapter_of, {gates.size(0)}, "[num_routes]");
@@ -83,8 +82,8 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
   p.num_slices = static_cast<int64_t>(y.size());
   check(p.num_slices >= 1 && p.num_slices <= kMaxSlices, kOp, "y must have 1 to ", kMaxSlices,
         " slices, got ", p.num_slices);
-  check(experts.size() == y.size(), kOp, "experts must have one column per slice (",
-        p.num_slices, "), got ", experts.size());
+  check(experts.size() == y.size(), kOp, "experts must have one column per slice (", p.num_slices,
+        "), got ", experts.size());
   p.dtype = float_dtype(kOp, "x", x);
   check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
   check(x.size(1) >= 1, kOp, "d_in must be at least 1, got 0");

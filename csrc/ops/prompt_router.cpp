@@ -1,7 +1,6 @@
 // milora::prompt_router and its backward: hidden states of prompts -> probabilities and gates.
-#include "kernels/prompt_router/cpu.h"
-
 #include "common/cuda_runtime.h"
+#include "kernels/prompt_router/cpu.h"
 #include "kernels/prompt_router/cuda.h"
 #include "ops/ops.h"
 
@@ -118,8 +117,12 @@ void run_cpu(const char* op, const PromptRouterParams& p) {
   const ChunkPlan plan = cut_chunks(p);
   const auto num_chunks = static_cast<int64_t>(plan.chunks.size());
   std::vector<float> scratch(num_chunks * (p.d + 2));
-  RouterWork work{p, plan.chunks.data(), plan.first_chunk.data(), scratch.data(),
-                  scratch.data() + num_chunks, scratch.data() + 2 * num_chunks};
+  RouterWork work{p,
+                  plan.chunks.data(),
+                  plan.first_chunk.data(),
+                  scratch.data(),
+                  scratch.data() + num_chunks,
+                  scratch.data() + 2 * num_chunks};
   const PromptRouterCpu& kernels = prompt_router_cpu();
   const bool parallel = p.num_tokens * p.d > kParallelElements;
   run_tasks(num_chunks, parallel, [&](int64_t i) { kernels.pool(work, i, i + 1); });
@@ -176,8 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> prompt_router(const Tensor& h, const Tensor& 
   p.gates = static_cast<float*>(gates.mutable_data_ptr());
   p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   if (h.is_cuda()) {
-    Tensor scratch =
-        torch::stable::new_empty(h, {prompt_router_cuda_scratch(p)}, ScalarType::Byte);
+    Tensor scratch = torch::stable::new_empty(h, {prompt_router_cuda_scratch(p)}, ScalarType::Byte);
     run_cuda(kOp, h, [&](void* stream) {
       return prompt_router_cuda(p, scratch.mutable_data_ptr(), stream);
     });
@@ -225,8 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_router_backward(
     p.dw_r = static_cast<float*>(dw_r.mutable_data_ptr());
     p.dcoef = static_cast<float*>(dcoef.mutable_data_ptr());
     if (h.is_cuda()) {
-      Tensor scratch = torch::stable::new_empty(h, {prompt_router_backward_cuda_scratch(f)},
-                                                ScalarType::Byte);
+      Tensor scratch =
+          torch::stable::new_empty(h, {prompt_router_backward_cuda_scratch(f)}, ScalarType::Byte);
       run_cuda(kOp, h, [&](void* stream) {
         return prompt_router_backward_cuda(p, scratch.mutable_data_ptr(), stream);
       });

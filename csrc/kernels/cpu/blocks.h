@@ -97,8 +97,7 @@ inline void dot_rows(const TX* const* x_rows, int64_t num_rows, const TW* w, int
                                   out_stride);
   }
   for (; m < num_rows; ++m) {
-    dot_panel<1, 2 * kDotCols>(x_rows + m, w, w_stride, num_w, d, out + m * out_stride,
-                               out_stride);
+    dot_panel<1, 2 * kDotCols>(x_rows + m, w, w_stride, num_w, d, out + m * out_stride, out_stride);
   }
 }
 

@@ -18,7 +18,7 @@
 namespace milora::MILORA_ISA {
 namespace {
 
-constexpr int64_t kPackRows = 12;  // below this packing Bt costs more than it saves
+constexpr int64_t kPackRows = 12;     // below this packing Bt costs more than it saves
 constexpr int64_t kRowPointers = 32;  // rows of a shrink unit at most (schedule.cpp)
 
 template <class T>

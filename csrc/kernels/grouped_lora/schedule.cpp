@@ -54,16 +54,15 @@ void LoraSchedule::clear() {
 }
 
 void group_tokens(const char* op, const int32_t* route_of, const int32_t* adapter_of,
-                  int64_t num_tokens, int64_t num_routes, int64_t num_adapters,
-                  LoraGroups* out) {
+                  int64_t num_tokens, int64_t num_routes, int64_t num_adapters, LoraGroups* out) {
   static thread_local std::vector<Run> runs;
   runs.clear();
   for (int64_t begin = 0; begin < num_tokens;) {
     const int32_t route = route_of[begin];
     int64_t end = begin + 1;
     while (end < num_tokens && route_of[end] == route) ++end;
-    check(route >= -1 && route < num_routes, op, "route_of must be in [-1, ", num_routes,
-          "), got ", route, " for token ", begin);
+    check(route >= -1 && route < num_routes, op, "route_of must be in [-1, ", num_routes, "), got ",
+          route, " for token ", begin);
     const int32_t adapter = route < 0 ? -1 : adapter_of[route];
     check(adapter >= -1 && adapter < num_adapters, op, "adapter_of must be in [-1, ", num_adapters,
           "), got ", adapter, " for route ", route);

@@ -55,8 +55,7 @@ struct LoraGroups {
 
 // Throws std::runtime_error (with op as prefix) on a route or adapter out of range.
 void group_tokens(const char* op, const int32_t* route_of, const int32_t* adapter_of,
-                  int64_t num_tokens, int64_t num_routes, int64_t num_adapters,
-                  LoraGroups* groups);
+                  int64_t num_tokens, int64_t num_routes, int64_t num_adapters, LoraGroups* groups);
 
 // Throws on a rank, offset or length that points outside the pool.
 void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out);

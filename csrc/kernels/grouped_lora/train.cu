@@ -233,8 +233,9 @@ int grouped_lora_cuda(const GroupedLoraParams& p, void*, void* stream) {
     // At least one launch: it copies the rows that no adapter serves.
     for (int64_t first = 0; first == 0 || first < p.num_adapters; first += kTableSize) {
       const Table table = make_table(p.adapters, nullptr, p.num_adapters, first);
-      forward_kernel<T><<<static_cast<unsigned>(p.num_tokens), kThreads, 0,
-                          static_cast<cudaStream_t>(stream)>>>(p, routes, table);
+      forward_kernel<T>
+          <<<static_cast<unsigned>(p.num_tokens), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              p, routes, table);
     }
   });
 }

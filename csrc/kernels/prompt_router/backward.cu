@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kRouterThreads)
       switch (pooler) {
         case Pooler::kSelfAttention:
           grad = fmaf(scratch.dots[t], w_sa, scratch.scores[t] * dvector);
-          sum = fmaf(scratch.dots[t],
-                     to_float(static_cast<const T*>(p.h)[t * p.h_stride + c]), sum);
+          sum =
+              fmaf(scratch.dots[t], to_float(static_cast<const T*>(p.h)[t * p.h_stride + c]), sum);
           break;
         case Pooler::kMean:
           grad = dvector / length;

@@ -78,8 +78,7 @@ void pool_chunk(const RouterWork& work, int64_t index) {
 }
 
 // pooled = the prompt's partials, combined in order.
-inline void combine_partials(const RouterWork& work, int64_t prompt, Pooler pooler,
-                             float* pooled) {
+inline void combine_partials(const RouterWork& work, int64_t prompt, Pooler pooler, float* pooled) {
   const PromptRouterParams& p = work.p;
   const int64_t first = work.first_chunk[prompt];
   const int64_t last = work.first_chunk[prompt + 1];

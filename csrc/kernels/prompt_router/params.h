@@ -7,10 +7,10 @@
 
 namespace milora {
 
-constexpr int kMaxExperts = 64;      // experts of one block; transformers have from 4 to 11
-constexpr int kNumCoefs = 12;        // a0..a6, b1..b5
-constexpr int kNumCodes = 6;         // pooler, activation, norm, gate, top_k, num_experts
-constexpr int kRouterChunk = 32;     // tokens of one partial sum: fixes the order of summation
+constexpr int kMaxExperts = 64;   // experts of one block; transformers have from 4 to 11
+constexpr int kNumCoefs = 12;     // a0..a6, b1..b5
+constexpr int kNumCodes = 6;      // pooler, activation, norm, gate, top_k, num_experts
+constexpr int kRouterChunk = 32;  // tokens of one partial sum: fixes the order of summation
 constexpr float kRmsEpsilon = 1e-6f;
 
 enum class Pooler : int32_t { kSelfAttention = 0, kMean = 1, kMax = 2, kLast = 3 };

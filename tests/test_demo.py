@@ -82,13 +82,15 @@ def _check_chapter(example) -> None:
 
 def _check_blank(example) -> None:
     assert example.prompt.count("____") == 1
-    assert example.completion.strip() in _passage(example.prompt)
+    passage, answer = _passage(example.prompt), example.completion.strip()
+    before = example.prompt.split("\nBlank: ")[1]
+    assert f"{before} ____" in passage.replace("(____", "____") and answer in passage
 
 
 def _check_identifiers(example) -> None:
     passage, place = _passage(example.prompt), 0
     for name in example.completion.strip().split(", "):
-        place = passage.index(f'"{name}"', place) + 1
+        place = passage.index(name, place) + 1
 
 
 CHECKS = {

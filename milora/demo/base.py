@@ -30,7 +30,7 @@ class BaseConfig:
     num_layers: int = 4
     num_heads: int = 4
     intermediate_size: int = 352
-    steps: int = 1400
+    steps: int = 1100
     batch_size: int = 12
     window: int = 96
     echo_share: float = 0.5

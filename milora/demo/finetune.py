@@ -20,7 +20,7 @@ from milora.train import MiLoRATrainer
 class FinetuneConfig:
     """The same for every method. The learning rate suits so small a base; the paper's is 1e-4."""
 
-    steps: int = 200
+    steps: int = 160
     batch_size: int = 16
     learning_rate: float = 3e-3
     seed: int = 0

@@ -1,7 +1,8 @@
 """Four tasks made from the corpus: continue, chapter, blank, identifiers.
 
-Each example is a window of about 28 words of one topic, an instruction, and a short answer that
-can be checked by exact match.
+Each example is an instruction, a window of about 24 words of one topic, and a short answer that
+can be checked by exact match. The answer follows on text like what precedes it in the passage: so
+small a base continues text, and would not carry a word across an unrelated line.
 """
 
 import random
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from milora.data import Example
 from milora.demo.chapters import CHAPTER_OF
 
-_WINDOW_WORDS = 28
+_WINDOW_WORDS = 24
 _SHORTEST_WINDOW = 16
 _MOST_IDENTIFIERS = 2
 _BLANK = "____"
+_WORDS_BEFORE_BLANK = 3
 
 _QUOTED = re.compile(r'"([A-Za-z_][A-Za-z0-9_.]*(?:\(\))?)"')
 _PLAIN_WORD = re.compile(r"[A-Za-z]{4,}")
@@ -35,7 +37,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Task:
-    """`make(window, rng)` gives (passage, answer), or None where the window does not suit."""
+    """`make(window, rng)` gives (prompt less the instruction, answer), or None if unsuitable."""
 
     name: str
     instruction: str
@@ -45,8 +47,8 @@ class Task:
         made = self.make(window, rng)
         if made is None:
             return None
-        passage, answer = made
-        prompt = f"{self.instruction}\n{passage}\n{self.name.capitalize()}:"
+        text, answer = made
+        prompt = f"{self.instruction}\n{text}"
         return Example(prompt=prompt, completion=f" {answer}", where=window.topic)
 
 
@@ -56,28 +58,34 @@ def _continue(window: Window, rng: random.Random) -> tuple[str, str] | None:
 
 def _chapter(window: Window, rng: random.Random) -> tuple[str, str] | None:
     chapter = CHAPTER_OF.get(window.topic)
-    return None if chapter is None else (window.text, chapter)
+    return None if chapter is None else (f"{window.text}\nChapter:", chapter)
 
 
 def _blank(window: Window, rng: random.Random) -> tuple[str, str] | None:
-    """Blank a word that the passage uses elsewhere too, so that a reader can find it."""
+    """Blank a word that the passage uses elsewhere too, so that a reader can find it.
+
+    The prompt ends with the words before the blank, and the answer is the word that goes there.
+    """
     plain = [word.strip(".,;:()") for word in window.words]
     places = [
-        i for i, word in enumerate(plain) if _PLAIN_WORD.fullmatch(word) and plain.count(word) > 1
+        i
+        for i, word in enumerate(plain)
+        if _PLAIN_WORD.fullmatch(word) and plain.count(word) > 1 and i >= _WORDS_BEFORE_BLANK
     ]
     if not places:
         return None
     place = rng.choice(places)
     words = list(window.words)
     words[place] = words[place].replace(plain[place], _BLANK)
-    return " ".join(words), plain[place]
+    before = " ".join(words[place - _WORDS_BEFORE_BLANK : place])
+    return f"{' '.join(words)}\nBlank: {before}", plain[place]
 
 
 def _identifiers(window: Window, rng: random.Random) -> tuple[str, str] | None:
     found = list(dict.fromkeys(_QUOTED.findall(window.text)))
     if not 1 <= len(found) <= _MOST_IDENTIFIERS:
         return None
-    return window.text, ", ".join(found)
+    return f"{window.text}\nIdentifiers:", ", ".join(f'"{name}"' for name in found)
 
 
 TASKS = (

@@ -54,8 +54,8 @@ class Case:
         return "-".join(parts)
 
 
-# Up to 5.17 transformers runs FSDP2's own hooks inside the recomputed region. With reentrant autograd
-# and two forwards they then leave whole gradients of one rank, on the bare model just the same.
+# Up to 5.17 transformers runs FSDP2's own hooks inside the recomputed region. With reentrant
+# autograd and two forwards they leave gradients of one rank, on the bare model just the same.
 HOOKS_OUTSIDE = "__init_subclass__" in GradientCheckpointingLayer.__dict__
 CASES = [
     *(Case("ddp", checkpointing=c) for c in (None, False, True)),
@@ -185,7 +185,7 @@ def process(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-# ---- the tests ------------------------------------------------------------------------------------
+# ---- the tests -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,12 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+import transformers.trainer as trainer_module
 from test_checkpointing import checkpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import milora
@@ -66,6 +68,7 @@ CASES = [
     *(Case("fsdp2", theta=True, checkpointing=c) for c in (None, False)),
     Case("ddp", options={"router": False}),
 ]
+BY_TRAINER = Case("fsdp2")
 
 
 def make(case: Case) -> nn.Module:
@@ -159,8 +162,22 @@ def run_case(case: Case, rank: int, expected: dict[str, Tensor], folder: Path) -
         train(case, wrapped, rank)
     if case.options.get("router", True) and not different_experts(states[0]):
         return ["both ranks route to the same experts, so this case shows nothing"]
-    milora.save(model, folder / str(case), is_main_process=rank == 0)
+    save(case, wrapped, rank, folder / str(case))
     return differences(results(wrapped), expected)
+
+
+def save(case: Case, wrapped: nn.Module, rank: int, folder: Path) -> None:
+    """By `milora.save`, and under FSDP2 once by Trainer, as if accelerate had set it up."""
+    if case != BY_TRAINER:
+        milora.save(wrapped, folder, is_main_process=rank == 0)
+        return
+    arguments = TrainingArguments(
+        output_dir=str(folder), report_to="none", use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(model=wrapped, args=arguments)
+    trainer.is_fsdp_enabled = True
+    trainer.save_model()
+    trainer_module.save_fsdp_model(None, None, wrapped, str(folder))
 
 
 def different_experts(state: milora.RoutingState) -> bool:
@@ -219,3 +236,11 @@ def test_save_writes_whole_tensors(folder, case):
     theirs = dict(loaded.named_parameters())
     for name, parameter in expected.named_parameters():
         assert torch.equal(theirs[name], parameter), name
+    if case == BY_TRAINER:
+        names = {path.name for path in (folder / str(case)).iterdir()}
+        assert names == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "milora_balance_window.json",
+            "training_args.bin",
+        }

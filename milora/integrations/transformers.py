@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from milora.balance import Collected
 
 if TYPE_CHECKING:
@@ -68,13 +70,15 @@ def load_checkpoint(model: Any, folder: str | os.PathLike) -> None:
 
 @functools.cache
 def teach_trainer() -> None:
-    """Let `Trainer` load checkpoints that hold an adapter, and see the load-balance loss.
+    """Let `Trainer` save and load checkpoints that hold an adapter, and see the load-balance loss.
 
     Its two loading methods know PEFT's models by class and take every other checkpoint for a whole
-    model. For a model with a `Runtime` they load the adapter. Its two steps run inside `own_loss`.
-    Trainers of other models do what they did.
+    model. For a model with a `Runtime` they load the adapter. Under FSDP its saving gathers the
+    whole model, or writes its shards; for a model with a `Runtime` the adapter is all there is to
+    save. Its two steps run inside `own_loss`. Trainers of other models do what they did.
     """
     try:
+        import transformers.trainer as trainer_module
         from transformers.trainer import Trainer
     except ImportError:  # accelerate is not installed: there is no Trainer to teach
         return
@@ -97,8 +101,49 @@ def teach_trainer() -> None:
 
     Trainer._load_from_checkpoint = load_from
     Trainer._load_best_model = load_best
+    Trainer.save_model = _collective(Trainer.save_model)
+    if hasattr(trainer_module, "save_fsdp_model"):  # accelerate may be too old for FSDP
+        trainer_module.save_fsdp_model = _not_of_attached(trainer_module.save_fsdp_model)
     Trainer.training_step = _inside_own_loss(Trainer.training_step)
     Trainer.prediction_step = _inside_own_loss(Trainer.prediction_step)
+
+
+def _collective(save_model: Callable) -> Callable:
+    """`Trainer.save_model` that under FSDP has every rank bring its shards of the adapter."""
+    from milora.attach import runtime_of
+
+    @functools.wraps(save_model)
+    def wrapped(self, output_dir=None, _internal_call=False):
+        runtime = runtime_of(self.model, required=False)
+        if runtime is None or not self.is_fsdp_enabled or _is_peft(self.model):
+            return save_model(self, output_dir, _internal_call)
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in self.model.modules()):
+            raise ValueError(
+                "milora: FSDP version 1 flattens the adapter's tensors; set fsdp_version to 2"
+            )
+        folder = self.args.output_dir if output_dir is None else output_dir
+        SaveAdapter(runtime)(folder, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return None
+
+    return wrapped
+
+
+def _not_of_attached(save_fsdp_model: Callable) -> Callable:
+    """Leave the base out of FSDP checkpoints: `save_model` has put the adapter there."""
+    from milora.attach import runtime_of
+
+    @functools.wraps(save_fsdp_model)
+    def wrapped(fsdp_plugin, accelerator, model, *args, **kwargs):
+        if runtime_of(model, required=False) is None or _is_peft(model):
+            save_fsdp_model(fsdp_plugin, accelerator, model, *args, **kwargs)
+
+    return wrapped
 
 
 def _inside_own_loss(step: Callable) -> Callable:

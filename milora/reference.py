@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from milora import rational
+
 RMS_EPSILON = 1e-6
 
 
@@ -128,24 +130,6 @@ def grouped_lora(
     return out
 
 
-def rational(x: Tensor, coef: Tensor) -> Tensor:
-    """g(x) = Σ_{j=0..6} a_j xʲ / (1 + |Σ_{i=1..5} b_i xⁱ|), coef = a_0..a_6, b_1..b_5.  [eq. 6]
-
-    For |x| > 1 in powers of u = 1/x, which cannot overflow:
-    g = |x| Σ a_j u^{6−j} / (|u|⁵ + |Σ b_i u^{5−i}|).
-    """
-    a, b = coef[:7], coef[7:]
-    outside = x.abs() > 1
-    # Each branch sees a harmless value where the other is taken, so that no NaN enters a gradient.
-    inner = torch.where(outside, torch.zeros_like(x), x)
-    u = 1 / torch.where(outside, x, torch.full_like(x, 2))
-    top = sum(a[j] * inner**j for j in range(7))
-    bottom = 1 + sum(b[i - 1] * inner**i for i in range(1, 6)).abs()
-    top_u = sum(a[j] * u ** (6 - j) for j in range(7))
-    bottom_u = u.abs() ** 5 + sum(b[i - 1] * u ** (5 - i) for i in range(1, 6)).abs()
-    return torch.where(outside, x.abs() * (top_u / bottom_u), top / bottom)
-
-
 def pool_prompt(h: Tensor, w_sa: Tensor, pooler: int) -> Tensor:
     """One prompt's tokens [n, d] -> [d]; codes as `milora.ops.POOLERS`.            [eq. 2, 8]"""
     if h.shape[0] == 0:
@@ -184,7 +168,7 @@ def prompt_router(
         if norm == 1:
             x = x * torch.rsqrt(x.square().mean() + RMS_EPSILON)
         if activation == 0:
-            x = rational(x, coef[router])
+            x = rational.evaluate(coef[router], x)
         else:
             x = torch.nn.functional.gelu(x) if activation == 1 else torch.relu(x)
         p = torch.softmax(w_r[router, :num_experts] @ x, dim=0)

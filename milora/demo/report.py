@@ -49,8 +49,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     blocks = routing["num_blocks"]
     reloaded = "equal, bit for bit" if result["adapter"]["reload_equal"] else "NOT EQUAL"
     return [
-        f"Held-out examples: {_sizes(result)}. The base was never taught to end an answer, so its "
-        "exact match is 0 and its loss counts the end token too.",
+        f"Held-out examples: {_sizes(result)}. The base was never taught to end an "
+        "answer: what it says runs on, and its loss counts the end token too.",
         f"One answer for every prompt, the task's most common, would match: {_guesses(result)}. "
         f"{_below_the_floor(result)}",
         f"MiLoRA has the lowest held-out loss in {len(lowest)} of {len(TASKS)} tasks"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import milora
 from milora.attach import runtime_of
 from milora.data import CompletionCollator
-from milora.train import MiLoRATrainer
+from milora.train import MiLoRACallback, MiLoRATrainer
 
 TRAINER_FILES = {
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"
@@ -247,6 +247,17 @@ def test_every_kind_of_loss_gets_the_balance_loss(tmp_path, kind):
     report = milora.balance_report(model)
     without, _ = one_step(tmp_path, attached(balance_coef=0.0), options=options, **arguments)
     assert with_balance - without == pytest.approx(0.1 * report["balance_loss"], rel=1e-3)
+
+
+def test_the_balance_loss_is_logged_apart(tmp_path):
+    model = attached()
+    trainer = make_trainer(tmp_path, model, options={"callbacks": [MiLoRACallback()]})
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 6
+    assert all(0.5 < line["balance_loss"] < 7.0 for line in lines)  # between balanced and N
+    report = milora.balance_report(model)["balance_loss"]
+    assert lines[-1]["balance_loss"] == pytest.approx(report, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["model_loss", "label_smoothing"])

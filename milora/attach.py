@@ -45,10 +45,16 @@ def attach(
         trainable: whether the adapter's parameters require gradients.
     Returns: `model`.
     Raises:
-        ValueError: the name is taken or unusable, no blocks were found, or a target matches none.
+        ValueError: the name is taken or unusable, no blocks were found, a target matches none, or
+            the parameters are sharded already.
     """
     existing = runtime_of(model, required=False)
     _check_name(adapter_name, existing)
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            "attach: the model's parameters are sharded already. Attach first and call fully_shard "
+            "after it; tensor-parallel bases are not supported"
+        )
     blocks = find_blocks(model, config)
     runtime = existing or _install(model, blocks)
     try:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import transformers
 from plain_model import plain_model
 from tiny_models import build, config_of, left_padded, randomize, spread
@@ -244,3 +245,19 @@ def test_balance_loss_of_a_classifier_is_weighted_by_all_its_labels():
     runtime_of(model).windows["default"].steps.clear()
     part = model(**batch, labels=labels, num_items_in_batch=torch.tensor(8)).loss - task
     torch.testing.assert_close(part, whole / 2)
+
+
+def test_a_sharded_model_is_refused():
+    """FSDP2 and tensor parallelism replace parameters: attach must come before the one."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        model = dist.fsdp.fully_shard(build("llama"), mesh=mesh)
+        with pytest.raises(ValueError, match="sharded already"):
+            milora.attach(model, milora.MiLoRAConfig(rank=2))
+        assert milora.adapters(model) == {}
+    finally:
+        dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """Write bench/results/GPU.md: what a GPU has measured of each kernel, and what none has run yet.
 
-    python bench/gpu_report.py [JSONL ...]     # more measurements, kept in bench/results/gpu.jsonl
+python bench/gpu_report.py [JSONL ...]     # more measurements, kept in bench/results/gpu.jsonl
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def attach(
     Raises:
         ValueError: the name is taken or unusable, no blocks were found, a target matches none, or
             the parameters are sharded already.
+        ImportError: this version of transformers is not supported; the message names the range.
     """
     existing = runtime_of(model, required=False)
     _check_name(adapter_name, existing)
@@ -55,6 +56,10 @@ def attach(
             "attach: the model's parameters are sharded already. Attach first and call fully_shard "
             "after it; tensor-parallel bases are not supported"
         )
+    if existing is None and hasattr(model, "save_pretrained"):
+        from milora.integrations.transformers import check_version
+
+        check_version()
     blocks = find_blocks(model, config)
     runtime = existing or _install(model, blocks)
     try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from milora.runtime import Runtime
 
+SUPPORTED = (5, 17), (5, 23)
 WINDOW_FILE = "milora_balance_window.json"
 
 
@@ -48,6 +49,23 @@ class SaveAdapter:
             temporary = target.with_suffix(".tmp")
             temporary.write_text(json.dumps(runtime.windows[name].state_dict()))
             os.replace(temporary, target)
+
+
+def check_version() -> None:
+    """Refuse a transformers that was not tested: how blocks are called changes between releases.
+
+    Raises:
+        ImportError: its version is outside of `SUPPORTED`; the message names the range.
+    """
+    import transformers
+
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    first, last = SUPPORTED
+    if not first <= found <= last:
+        raise ImportError(
+            f"milora works with transformers {first[0]}.{first[1]} to {last[0]}.{last[1]}, got "
+            f"{transformers.__version__}; install one of these"
+        )
 
 
 def install(runtime: Runtime) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def test_a_sharded_model_is_refused():
 @pytest.mark.parametrize("version", ["5.16.9", "5.24.0", "4.57.1", "6.0.0.dev0"])
 def test_an_untested_transformers_is_refused(monkeypatch, version):
     model = build("llama")
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("milora.integrations.transformers.version", lambda _: version)
     with pytest.raises(ImportError, match=f"5.17 to 5.23, got {version}"):
         milora.attach(model, milora.MiLoRAConfig(rank=2))
     assert milora.adapters(model) == {}

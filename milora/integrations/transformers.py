@@ -14,6 +14,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,12 @@ def check_version() -> None:
     Raises:
         ImportError: its version is outside of `SUPPORTED`; the message names the range.
     """
-    import transformers
-
-    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    found = version("transformers")
     first, last = SUPPORTED
-    if not first <= found <= last:
+    if not first <= tuple(int(part) for part in found.split(".")[:2]) <= last:
         raise ImportError(
             f"milora works with transformers {first[0]}.{first[1]} to {last[0]}.{last[1]}, got "
-            f"{transformers.__version__}; install one of these"
+            f"{found}; install one of these"
         )
 
 

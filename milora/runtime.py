@@ -25,7 +25,7 @@ from milora.config import MiLoRAConfig
 from milora.nn import MiLoRALinear
 from milora.route_cache import ROUTE, follow_cache, held_by
 from milora.router import PromptRouter, route
-from milora.routing import Call, Plan, RoutingState
+from milora.routing import Call, RoutingState
 
 ROUTER_NAME = "milora_router"
 
@@ -225,14 +225,9 @@ class Runtime:
             prefill=cache is not None or slot is not None or inputs.get("use_cache") is True,
             whole=self.whole,
         )
-        plan, row_of, lengths = source.resolve()
-        state = self._new_state(plan, row_of, lengths, names)
-        call = Call(state, plan)
-        call.cache = cache
-        call.labels = inputs.get("labels")
-        call.num_items = inputs.get("num_items_in_batch")
+        call = self._route_anew(source, inputs, names)
         if slot is not None:
-            slot.state = state
+            slot.state = call.state
         return call
 
     def _known_state(
@@ -286,11 +281,17 @@ class Runtime:
             )
         return tuple(names)
 
-    def _new_state(
-        self, plan: Plan, row_of: Tensor, lengths: Tensor, names: list | None
-    ) -> RoutingState:
+    def _route_anew(
+        self, source: prompts.Source, inputs: dict[str, Any], names: list | None
+    ) -> Call:
+        """A call whose blocks will route the prompts that `source` finds."""
+        plan, row_of, lengths = source.resolve()
         adapters = self.adapters_of(plan.spans.shape[0], names)
-        return RoutingState(self.names, self.paths, adapters, row_of, lengths)
+        call = Call(RoutingState(self.names, self.paths, adapters, row_of, lengths), plan)
+        call.cache = inputs.get("past_key_values")
+        call.labels = inputs.get("labels")
+        call.num_items = inputs.get("num_items_in_batch")
+        return call
 
     def _ungated_state(self, rows: int, names: list | None, device: torch.device) -> RoutingState:
         """Adapters without a router: every expert on, nothing to find out."""
@@ -347,12 +348,7 @@ class Runtime:
             mask=prompts.attended(inputs.get("attention_mask"), *x.shape[:2]),
             whole=True,
         )
-        plan, row_of, lengths = source.resolve()
-        call = Call(self._new_state(plan, row_of, lengths, names), plan)
-        call.cache = inputs.get("past_key_values")
-        call.labels = inputs.get("labels")
-        call.num_items = inputs.get("num_items_in_batch")
-        return call
+        return self._route_anew(source, inputs, names)
 
     # ---- a block's forward --------------------------------------------------------------------
 

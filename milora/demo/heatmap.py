@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from milora.cli.plots import draw_heat_map
+
 _COLUMNS = 2
 
 
@@ -20,17 +22,7 @@ def draw_heatmap(shares: dict[str, Tensor], experts: list[str], path: Path) -> N
     FigureCanvasAgg(figure)
     axes = figure.subplots(num_rows, _COLUMNS, squeeze=False)
     for axis, (task, share) in zip(axes.flat, shares.items(), strict=False):
-        image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_title(task)
-        axis.set_xticks(range(len(experts)), experts, rotation=45, ha="right")
-        axis.set_yticks(range(len(share)))
-        axis.set_ylabel("block")
-        for block, row in enumerate(share.tolist()):
-            for expert, value in enumerate(row):
-                color = "black" if value > 0.6 else "white"
-                axis.text(
-                    expert, block, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
-                )
+        image = draw_heat_map(axis, share.tolist(), experts, task)
     for axis in list(axes.flat)[len(shares) :]:
         axis.remove()
     figure.colorbar(image, ax=axes, label="share of held-out prompts that keep the expert")

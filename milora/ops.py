@@ -56,20 +56,21 @@ def grouped_lora_(
     without them has −1 in `offsets`. For inference: no autograd is registered.
 
     Args:
-        y: S slices, each [num_tokens, d_out_s], dtype of x, last dim contiguous, rows may be
-            strided. 1 to 16 of them. Changed in place.
-        x: [num_tokens, d_in] float32 | bfloat16 | float16, last dim contiguous.
+        y: S slices, each [..., d_out_s], dtype of x, with one row per token. 1 to 16 of them.
+            Changed in place.
+        x: [..., d_in] float32 | bfloat16 | float16; num_tokens is the product of the leading
+            dimensions. x and y are contiguous, or 2-D with rows at any stride.
         pool: [pool_bytes] uint8, starts on 16 bytes. A [rank, d_in] and Bᵀ [rank, d_out] in x's
             dtype, each row on 16 bytes: the row stride is d · itemsize rounded up to 16. u and v
             [d_out] float32.
-        offsets: [num_adapters, S, 4] int64, bytes from the pool's start of A, Bᵀ, u, v, each a
-            multiple of 16; −1 = no such vector.
-        ranks: [num_adapters, S] int32, 0 to 256; 0 = no expert here.
-        scales: [num_adapters, S] float32.
+        offsets: [num_adapters, num_experts, 4] int64, bytes from the pool's start of A, Bᵀ, u, v,
+            each a multiple of 16; −1 = no such vector.
+        ranks: [num_adapters, num_experts] int32, 0 to 256; 0 = no expert here.
+        scales: [num_adapters, num_experts] float32.
         gates: [num_routes, num_experts] float32; 0 = the row is untouched, bitwise.
         route_of: [num_tokens] int32, row of `gates`; −1 leaves the token untouched.
         adapter_of: [num_routes] int32; −1 = the bare base.
-        experts: column of `gates` per slice.
+        experts: per slice its column of `gates`, `offsets`, `ranks` and `scales`.
     Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a route,
         adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
         such a row is left untouched.

@@ -35,21 +35,21 @@ def pack_pool(
     """Lay experts out as `milora.ops.grouped_lora_` reads them.
 
     Args:
-        adapters: [num_adapters][num_slices] of None (no expert) or a dict with `a` [rank, d_in],
+        adapters: [num_adapters][num_experts] of None (no expert) or a dict with `a` [rank, d_in],
             `bt` [rank, d_out] and, for an output vector, `u` and `v` [d_out] float32.
         fill: byte of the padding; 0xFF makes it NaN in every dtype.
-    Returns: pool uint8, offsets int64 [num_adapters, num_slices, 4], ranks int32
-        [num_adapters, num_slices].
+    Returns: pool uint8, offsets int64 [num_adapters, num_experts, 4], ranks int32
+        [num_adapters, num_experts].
     """
-    num_slices = len(adapters[0]) if adapters else 0
-    offsets = torch.full((len(adapters), num_slices, 4), -1, dtype=torch.int64)
-    ranks = torch.zeros(len(adapters), num_slices, dtype=torch.int32)
+    num_experts = len(adapters[0]) if adapters else 0
+    offsets = torch.full((len(adapters), num_experts, 4), -1, dtype=torch.int64)
+    ranks = torch.zeros(len(adapters), num_experts, dtype=torch.int32)
     blocks, size = [], 0
-    for i, slices in enumerate(adapters):
-        for s, expert in enumerate(slices):
+    for i, experts in enumerate(adapters):
+        for e, expert in enumerate(experts):
             if expert is None:
                 continue
-            ranks[i, s] = expert["a"].shape[0]
+            ranks[i, e] = expert["a"].shape[0]
             for column, name in enumerate(("a", "bt", "u", "v")):
                 if name not in expert:
                     continue
@@ -58,7 +58,7 @@ def pack_pool(
                 stride = pool_row_stride(d, matrix.dtype) * matrix.dtype.itemsize
                 block = torch.full((rows, stride), fill, dtype=torch.uint8)
                 block[:, : d * matrix.dtype.itemsize] = matrix.contiguous().view(torch.uint8)
-                offsets[i, s, column] = size
+                offsets[i, e, column] = size
                 blocks.append(block.flatten())
                 size += rows * stride
     pool = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.uint8)
@@ -84,25 +84,27 @@ def grouped_lora_(
     a bfloat16 op reads the same pool.
     """
     pool_dtype = pool_dtype or x.dtype
-    d_in = x.shape[1]
-    for s, expert in enumerate(experts):
-        d_out = y[s].shape[1]
+    d_in = x.shape[-1]
+    x = x.view(-1, d_in)
+    for y_s, expert in zip(y, experts, strict=True):
+        d_out = y_s.shape[-1]
+        rows = y_s.view(-1, d_out)
         for t in range(x.shape[0]):
             route = int(route_of[t])
             adapter = int(adapter_of[route]) if route >= 0 else -1
-            if adapter < 0 or gates[route, expert] == 0 or ranks[adapter, s] == 0:
+            if adapter < 0 or gates[route, expert] == 0 or ranks[adapter, expert] == 0:
                 continue
-            rank = int(ranks[adapter, s])
-            at_a, at_b, at_u, at_v = offsets[adapter, s].tolist()
+            rank = int(ranks[adapter, expert])
+            at_a, at_b, at_u, at_v = offsets[adapter, expert].tolist()
             a = read_pool(pool, at_a, rank, d_in, pool_dtype).to(x.dtype)
             bt = read_pool(pool, at_b, rank, d_out, pool_dtype).to(x.dtype)
-            delta = scales[adapter, s].to(x.dtype) * ((a @ x[t]) @ bt)
+            delta = scales[adapter, expert].to(x.dtype) * ((a @ x[t]) @ bt)
             if at_u >= 0:
                 u = read_pool(pool, at_u, 1, d_out, torch.float32)[0].to(x.dtype)
-                delta = delta + u * y[s][t]
+                delta = delta + u * rows[t]
             if at_v >= 0:
                 delta = delta + read_pool(pool, at_v, 1, d_out, torch.float32)[0].to(x.dtype)
-            y[s][t] += gates[route, expert].to(x.dtype) * delta
+            rows[t] += gates[route, expert].to(x.dtype) * delta
 
 
 def grouped_lora(

@@ -80,18 +80,19 @@ def pool_inputs(case: Case, dtype: torch.dtype) -> dict:
             weights |= {"u": torch.randn(d_out), "v": torch.randn(d_out)}
         return weights
 
+    # Column 0 belongs to no slice, and slices go through the other columns backwards.
+    num_slices = len(case.d_out)
     pool, offsets, ranks = reference.pack_pool(
-        [[expert(rank, d) for d in case.d_out] for rank in case.ranks]
+        [[None] + [expert(rank, d) for d in case.d_out[::-1]] for rank in case.ranks]
     )
     route_of, adapter_of = routes(case)
-    num_slices = len(case.d_out)
     return {
         "y": [rows(case.num_tokens, d, dtype, case.strided) for d in case.d_out],
         "x": rows(case.num_tokens, case.d_in, dtype, case.strided),
         "pool": pool,
         "offsets": offsets,
         "ranks": ranks,
-        "scales": torch.rand(len(case.ranks), num_slices) + 0.5,
+        "scales": torch.rand(len(case.ranks), num_slices + 1) + 0.5,
         "gates": torch.rand(len(case.adapter_of), num_slices + 1) + 0.1,
         "route_of": route_of,
         "adapter_of": adapter_of,
@@ -160,6 +161,20 @@ def test_pool_leaves_idle_rows_bitwise(dtype, device):
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(after[1:5].view(bits), before[1:5].view(bits))
     assert not torch.equal(after[0], before[0])
+
+
+def test_pool_takes_any_leading_dimensions(device):
+    case = Case("leading", 12, (8, 4), 40, (50, 30), (0, 1), (0, 1))
+    inputs = to_device(pool_inputs(case, torch.bfloat16), device)
+    flat = run_pool(inputs)
+    shaped = {**inputs, "x": inputs["x"].view(2, 3, 2, 40)}
+    shaped["y"] = [inputs["y"][0].view(3, 4, 50), inputs["y"][1].view(1, 12, 30)]
+    for got, want in zip(run_pool(shaped), flat, strict=True):
+        assert torch.equal(got.view_as(want), want)
+    one = {**inputs, "x": inputs["x"][0], "y": [y[0] for y in inputs["y"]]}
+    one["route_of"] = inputs["route_of"][:1]
+    for got, want in zip(run_pool(one), flat, strict=True):
+        assert torch.equal(got, want[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -358,18 +373,31 @@ POOL_ERRORS = [
     ({"route_of": torch.full((7,), 9, dtype=torch.int32)}, r"route_of must be in \[-1, 2\), got 9"),
     ({"adapter_of": torch.tensor([0, 5], dtype=torch.int32)}, "adapter_of must be in .* got 5"),
     (
-        {"ranks": torch.full((2, 2), 257, dtype=torch.int32)},
+        {"ranks": torch.full((2, 3), 257, dtype=torch.int32)},
         r"ranks must be in \[0, 256\], got 257",
     ),
-    ({"ranks": torch.full((2, 2), 200, dtype=torch.int32)}, "offsets must place .* got"),
+    ({"ranks": torch.full((2, 3), 200, dtype=torch.int32)}, "offsets must place .* got"),
     (
-        {"offsets": torch.full((2, 2, 4), 8)},
-        "offsets must place A of adapter 0, slice 0 on 16 bytes",
+        {"offsets": torch.full((2, 3, 4), 8)},
+        "offsets must place A of adapter 0, expert 2 on 16 bytes",
     ),
     (
         {"scales": torch.ones(2)},
-        r"scales must be \[num_adapters, num_slices\] = \[2, 2\], got \[2\]",
+        r"scales must be \[num_adapters, num_experts\] = \[2, 3\], got \[2\]",
     ),
+    (
+        {"gates": torch.ones(2, 4)},
+        r"gates must be \[num_routes, num_experts\] = \[any, 3\], got \[2, 4\]",
+    ),
+    (
+        {"x": torch.zeros(7, 2, 33).transpose(0, 1)},
+        "x must be contiguous if it has not two dimensions",
+    ),
+    (
+        {"y": [torch.zeros(2, 7, 100), torch.zeros(7, 1)]},
+        r"y must have one row per token of x \(7\), got \[2, 7, 100\]",
+    ),
+    ({"y": [torch.zeros(7, 100), torch.zeros(())]}, "y must have at least one dimension"),
 ]
 
 

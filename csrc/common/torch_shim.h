@@ -83,6 +83,23 @@ inline int64_t row_stride(const char* op, const char* name, const Tensor& tensor
   return tensor.size(0) <= 1 ? tensor.size(1) : tensor.stride(0);
 }
 
+// A tensor as rows of its last dimension: 2-D with rows at any stride, or contiguous with any other
+// number of dimensions, whose leading ones then count together.
+struct Rows {
+  int64_t count, width, stride;
+};
+inline Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
+  const int64_t dim = tensor.dim();
+  if (dim == 2) return {tensor.size(0), tensor.size(1), row_stride(op, name, tensor)};
+  check(dim >= 1, op, name, " must have at least one dimension, got a scalar");
+  check(tensor.is_contiguous(), op, name,
+        " must be contiguous if it has not two dimensions, got strides that are not, for ",
+        Shape{tensor});
+  int64_t count = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) count *= tensor.size(i);
+  return {count, tensor.size(dim - 1), tensor.size(dim - 1)};
+}
+
 inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
   check(tensor.is_contiguous(), op, name, " must be contiguous, got strides that are not");
 }

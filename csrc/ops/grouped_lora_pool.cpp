@@ -22,11 +22,11 @@ void check_tables(const GroupedLoraPoolParams& p, const Tensor& x, const Tensor&
   check_dtype(kOp, "route_of", route_of, ScalarType::Int);
   check_dtype(kOp, "adapter_of", adapter_of, ScalarType::Int);
   check_shape(kOp, "pool", pool, {-1}, "[pool_bytes]");
-  check_shape(kOp, "offsets", offsets, {p.num_adapters, p.num_slices, 4},
-              "[num_adapters, num_slices, 4]");
-  check_shape(kOp, "ranks", ranks, {p.num_adapters, p.num_slices}, "[num_adapters, num_slices]");
-  check_shape(kOp, "scales", scales, {p.num_adapters, p.num_slices}, "[num_adapters, num_slices]");
-  check_shape(kOp, "gates", gates, {-1, -1}, "[num_routes, num_experts]");
+  check_shape(kOp, "offsets", offsets, {-1, -1, 4}, "[num_adapters, num_experts, 4]");
+  check_shape(kOp, "ranks", ranks, {p.num_adapters, p.num_experts}, "[num_adapters, num_experts]");
+  check_shape(kOp, "scales", scales, {p.num_adapters, p.num_experts},
+              "[num_adapters, num_experts]");
+  check_shape(kOp, "gates", gates, {-1, p.num_experts}, "[num_routes, num_experts]");
   check_shape(kOp, "route_of", route_of, {p.num_tokens}, "[num_tokens]");
   check_shape(kOp, "adapter_of", adapter_of, {gates.size(0)}, "[num_routes]");
   const std::pair<const char*, const Tensor*> tables[] = {
@@ -85,29 +85,31 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
   check(experts.size() == y.size(), kOp, "experts must have one column per slice (", p.num_slices,
         "), got ", experts.size());
   p.dtype = float_dtype(kOp, "x", x);
-  check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
-  check(x.size(1) >= 1, kOp, "d_in must be at least 1, got 0");
-  check(offsets.dim() == 3, kOp, "offsets must be [num_adapters, num_slices, 4], got ",
+  const Rows x_rows = rows_of(kOp, "x", x);
+  check(x_rows.width >= 1, kOp, "d_in must be at least 1, got 0");
+  check(offsets.dim() == 3, kOp, "offsets must be [num_adapters, num_experts, 4], got ",
         Shape{offsets});
-  p.num_tokens = x.size(0);
-  p.d_in = x.size(1);
+  p.num_tokens = x_rows.count;
+  p.d_in = x_rows.width;
   p.num_adapters = offsets.size(0);
+  p.num_experts = offsets.size(1);
   check_tables(p, x, pool, offsets, ranks, scales, gates, route_of, adapter_of);
   p.num_routes = gates.size(0);
-  p.num_experts = gates.size(1);
   for (int64_t s = 0; s < p.num_slices; ++s) {
     check_dtype(kOp, "y", y[s], x.scalar_type());
-    check_shape(kOp, "y", y[s], {p.num_tokens, -1}, "[num_tokens, d_out]");
+    const Rows y_rows = rows_of(kOp, "y", y[s]);
+    check(y_rows.count == p.num_tokens, kOp, "y must have one row per token of x (", p.num_tokens,
+          "), got ", Shape{y[s]});
     check_same_device(kOp, "y", y[s], x);
     check(experts[s] >= 0 && experts[s] < p.num_experts, kOp, "experts must be in [0, ",
           p.num_experts, "), got ", experts[s]);
     p.y[s] = y[s].mutable_data_ptr();
-    p.y_stride[s] = row_stride(kOp, "y", y[s]);
-    p.d_out[s] = y[s].size(1);
+    p.y_stride[s] = y_rows.stride;
+    p.d_out[s] = y_rows.width;
     p.expert[s] = static_cast<int32_t>(experts[s]);
   }
   p.x = x.const_data_ptr();
-  p.x_stride = row_stride(kOp, "x", x);
+  p.x_stride = x_rows.stride;
   p.pool = static_cast<const uint8_t*>(pool.const_data_ptr());
   p.pool_bytes = pool.size(0);
   p.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());

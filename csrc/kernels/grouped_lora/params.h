@@ -15,14 +15,14 @@ struct GroupedLoraPoolParams {
   void* y[kMaxSlices];           // [num_tokens, d_out[s]]
   int64_t y_stride[kMaxSlices];  // elements
   int64_t d_out[kMaxSlices];
-  int32_t expert[kMaxSlices];  // column of gates
+  int32_t expert[kMaxSlices];  // column of gates, offsets, ranks and scales
   const void* x;               // [num_tokens, d_in]
   int64_t x_stride;            // elements
   const uint8_t* pool;         // [pool_bytes], 16-byte aligned
   int64_t pool_bytes;
-  const int64_t* offsets;     // [num_adapters, num_slices, 4]: A, Bt, u, v; bytes, -1 = absent
-  const int32_t* ranks;       // [num_adapters, num_slices]
-  const float* scales;        // [num_adapters, num_slices]
+  const int64_t* offsets;     // [num_adapters, num_experts, 4]: A, Bt, u, v; bytes, -1 = absent
+  const int32_t* ranks;       // [num_adapters, num_experts]
+  const float* scales;        // [num_adapters, num_experts]
   const float* gates;         // [num_routes, num_experts]
   const int32_t* route_of;    // [num_tokens]
   const int32_t* adapter_of;  // [num_routes]

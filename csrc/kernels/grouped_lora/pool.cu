@@ -38,9 +38,10 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(GroupedLoraPoolParams p)
   if (route < 0 || route >= p.num_routes) return;
   const int32_t adapter = p.adapter_of[route];
   if (adapter < 0 || adapter >= p.num_adapters) return;
-  const float gate = p.gates[route * p.num_experts + p.expert[slice]];
+  const int32_t expert = p.expert[slice];
+  const float gate = p.gates[route * p.num_experts + expert];
   if (gate == 0.0f) return;
-  const int64_t entry = adapter * p.num_slices + slice;
+  const int64_t entry = adapter * p.num_experts + expert;
   const int32_t rank = p.ranks[entry];
   if (rank <= 0 || rank > kMaxRank) return;
   const int64_t d_out = p.d_out[slice];

@@ -32,10 +32,10 @@ void cut(std::vector<LoraUnit>* units, int32_t job, int64_t rows, int64_t row_st
 }
 
 const uint8_t* resolve(const GroupedLoraPoolParams& params, const char* what, int32_t adapter,
-                       int64_t slice, int64_t offset, int64_t bytes) {
+                       int32_t expert, int64_t offset, int64_t bytes) {
   check(offset >= 0 && offset % 16 == 0 && bytes <= params.pool_bytes &&
             offset <= params.pool_bytes - bytes,
-        kOp, "offsets must place ", what, " of adapter ", adapter, ", slice ", slice,
+        kOp, "offsets must place ", what, " of adapter ", adapter, ", expert ", expert,
         " on 16 bytes inside the pool of ", params.pool_bytes, " bytes, got ", offset, " + ",
         bytes);
   return params.pool + offset;
@@ -93,16 +93,17 @@ void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out) {
   const int64_t item = element_size(params.dtype);
   for (const LoraGroup& group : grouped.groups) {
     for (int64_t s = 0; s < params.num_slices; ++s) {
-      const int64_t entry = group.adapter * params.num_slices + s;
+      const int32_t expert = params.expert[s];
+      const int64_t entry = group.adapter * params.num_experts + expert;
       const int32_t rank = params.ranks[entry];
       check(rank >= 0 && rank <= kMaxRank, kOp, "ranks must be in [0, ", kMaxRank, "], got ", rank,
-            " for adapter ", group.adapter, ", slice ", s);
+            " for adapter ", group.adapter, ", expert ", expert);
       const auto row_begin = static_cast<int64_t>(out->rows.size());
       if (rank > 0) {
         for (int64_t i = group.begin; i < group.end; ++i) {
           const int32_t token = grouped.tokens[i];
           const float gate =
-              params.gates[params.route_of[token] * params.num_experts + params.expert[s]];
+              params.gates[params.route_of[token] * params.num_experts + expert];
           if (gate == 0.0f) continue;
           out->rows.push_back(token);
           out->row_gates.push_back(gate);
@@ -118,12 +119,12 @@ void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out) {
       job.bt_stride = pool_row_stride(d_out, params.dtype);
       const int64_t a_bytes = rank * job.a_stride * item;
       const int64_t bt_bytes = rank * job.bt_stride * item;
-      job.a = resolve(params, "A", group.adapter, s, offset[0], a_bytes);
-      job.bt = resolve(params, "Bt", group.adapter, s, offset[1], bt_bytes);
+      job.a = resolve(params, "A", group.adapter, expert, offset[0], a_bytes);
+      job.bt = resolve(params, "Bt", group.adapter, expert, offset[1], bt_bytes);
       const auto vector_at = [&](const char* what, int64_t at) {
         if (at < 0) return static_cast<const float*>(nullptr);
         return reinterpret_cast<const float*>(
-            resolve(params, what, group.adapter, s, at, d_out * 4));
+            resolve(params, what, group.adapter, expert, at, d_out * 4));
       };
       job.u = vector_at("u", offset[2]);
       job.v = vector_at("v", offset[3]);

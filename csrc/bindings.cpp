@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(milora, m) {
       "prompt_router(Tensor h, Tensor spans, Tensor router_of, Tensor w_sa, Tensor w_r, "
       "Tensor coef, Tensor codes) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "prompt_router_pool(Tensor h, Tensor spans, Tensor router_of, Tensor pool, Tensor offsets, "
+      "Tensor codes, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "prompt_router_backward(Tensor dprobs, Tensor dgates, Tensor dpooled, Tensor h, "
       "Tensor spans, Tensor router_of, Tensor w_sa, Tensor w_r, Tensor coef, Tensor codes, "
       "Tensor probs, Tensor pooled) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -30,6 +33,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("grouped_lora", TORCH_BOX(&milora::grouped_lora));
   m.impl("grouped_lora_backward", TORCH_BOX(&milora::grouped_lora_backward));
   m.impl("prompt_router", TORCH_BOX(&milora::prompt_router));
+  m.impl("prompt_router_pool", TORCH_BOX(&milora::prompt_router_pool));
   m.impl("prompt_router_backward", TORCH_BOX(&milora::prompt_router_backward));
 }
 

@@ -23,6 +23,7 @@ _grouped_lora_ = torch.ops.milora.grouped_lora_.default
 _grouped_lora = torch.ops.milora.grouped_lora.default
 _grouped_lora_backward = torch.ops.milora.grouped_lora_backward.default
 _prompt_router = torch.ops.milora.prompt_router.default
+_prompt_router_pool = torch.ops.milora.prompt_router_pool.default
 _prompt_router_backward = torch.ops.milora.prompt_router_backward.default
 
 MAX_RANK = 256
@@ -147,6 +148,33 @@ def prompt_router(
     return _prompt_router(h, spans, router_of, w_sa, w_r, coef, codes)
 
 
+def prompt_router_pool(
+    h: Tensor,
+    spans: Tensor,
+    router_of: Tensor,
+    pool: Tensor,
+    offsets: Tensor,
+    codes: Tensor,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`prompt_router` with the routers' weights in the pool: one call serves many tenants.
+
+    Args:
+        h, spans, router_of, codes: as `prompt_router` takes them.
+        pool: [pool_bytes] uint8, starts on 16 bytes. Each router has w_sa [d], W_r [n, d] with
+            n = its num_experts, and its coefficients [12], all float32; rows of W_r start on
+            16 bytes.
+        offsets: [num_routers, 3] int64, bytes from the pool's start of w_sa, W_r and the
+            coefficients, each a multiple of 16. −1 = absent, where pooler or activation needs none.
+        num_experts: columns of probs and gates, 1 to 64.
+    Returns: as `prompt_router`, and the same bits.
+    Raises: RuntimeError as `prompt_router`; on the CPU also if an offset of a router in use is out
+        of range. On CUDA such a prompt's rows are 0.
+    Note: for inference, no autograd is registered. Routers that no prompt uses are not looked at.
+    """
+    return _prompt_router_pool(h, spans, router_of, pool, offsets, codes, num_experts)
+
+
 def _last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -182,6 +210,13 @@ def _(h, spans, router_of, w_sa, w_r, coef, codes):
         w_sa.new_empty((num_prompts, num_experts)),
         w_sa.new_empty((num_prompts, h.shape[1])),
     )
+
+
+@torch.library.register_fake("milora::prompt_router_pool")
+def _(h, spans, router_of, pool, offsets, codes, num_experts):
+    num_prompts = spans.shape[0]
+    shapes = (num_experts, num_experts, h.shape[1])
+    return tuple(h.new_empty((num_prompts, n), dtype=torch.float32) for n in shapes)
 
 
 @torch.library.register_fake("milora::prompt_router_backward")

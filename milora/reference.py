@@ -29,6 +29,18 @@ def read_pool(pool: Tensor, offset: int, rank: int, d: int, dtype: torch.dtype) 
     return pool[offset : offset + size].view(dtype).view(rank, stride)[:, :d]
 
 
+def _pool_rows(matrix: Tensor, fill: int) -> Tensor:
+    """The bytes of a matrix, or of a vector as one row, as the pool holds them."""
+    matrix = matrix if matrix.dim() == 2 else matrix[None]
+    rows, d = matrix.shape
+    itemsize = matrix.dtype.itemsize
+    padded = torch.full(
+        (rows, pool_row_stride(d, matrix.dtype) * itemsize), fill, dtype=torch.uint8
+    )
+    padded[:, : d * itemsize] = matrix.contiguous().view(torch.uint8)
+    return padded.flatten()
+
+
 def pack_pool(
     adapters: Sequence[Sequence[dict[str, Tensor] | None]], fill: int = 0xFF
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,14 +65,9 @@ def pack_pool(
             for column, name in enumerate(("a", "bt", "u", "v")):
                 if name not in expert:
                     continue
-                matrix = expert[name] if expert[name].dim() == 2 else expert[name][None]
-                rows, d = matrix.shape
-                stride = pool_row_stride(d, matrix.dtype) * matrix.dtype.itemsize
-                block = torch.full((rows, stride), fill, dtype=torch.uint8)
-                block[:, : d * matrix.dtype.itemsize] = matrix.contiguous().view(torch.uint8)
                 offsets[i, e, column] = size
-                blocks.append(block.flatten())
-                size += rows * stride
+                blocks.append(_pool_rows(expert[name], fill))
+                size += blocks[-1].numel()
     pool = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.uint8)
     return pool, offsets, ranks
 
@@ -132,6 +139,27 @@ def grouped_lora(
     return out
 
 
+def pack_routers(routers: Sequence[dict[str, Tensor]], fill: int = 0xFF) -> tuple[Tensor, Tensor]:
+    """Lay routers out as `milora.ops.prompt_router_pool` reads them.
+
+    Args:
+        routers: dicts with some of `w_sa` [d], `w_r` [num_experts, d] and `coef` [12], float32.
+        fill: byte of the padding; 0xFF makes it NaN.
+    Returns: pool uint8, offsets int64 [num_routers, 3].
+    """
+    offsets = torch.full((len(routers), 3), -1, dtype=torch.int64)
+    blocks, size = [], 0
+    for i, router in enumerate(routers):
+        for column, name in enumerate(("w_sa", "w_r", "coef")):
+            if name not in router:
+                continue
+            offsets[i, column] = size
+            blocks.append(_pool_rows(router[name], fill))
+            size += blocks[-1].numel()
+    pool = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.uint8)
+    return pool, offsets
+
+
 def pool_prompt(h: Tensor, w_sa: Tensor, pooler: int) -> Tensor:
     """One prompt's tokens [n, d] -> [d]; codes as `milora.ops.POOLERS`.            [eq. 2, 8]"""
     if h.shape[0] == 0:
@@ -191,3 +219,29 @@ def prompt_router(
         empty = w_r.new_zeros(0, num_experts_max)
         return empty, empty.clone(), w_r.new_zeros(0, d)
     return torch.stack(probs), torch.stack(gates), torch.stack(pooled)
+
+
+def prompt_router_pool(
+    h: Tensor,
+    spans: Tensor,
+    router_of: Tensor,
+    pool: Tensor,
+    offsets: Tensor,
+    codes: Tensor,
+    num_experts: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `milora.ops.prompt_router_pool`; computes in `dtype`."""
+    num_routers, d = codes.shape[0], h.shape[1]
+    w_sa = torch.zeros(num_routers, d, dtype=dtype)
+    w_r = torch.zeros(num_routers, num_experts, d, dtype=dtype)
+    coef = torch.zeros(num_routers, 12, dtype=dtype)
+    for router in {router for router in router_of.tolist() if router >= 0}:
+        pooler, activation, *_, n = codes[router].tolist()
+        at_sa, at_r, at_coef = offsets[router].tolist()
+        w_r[router, :n] = read_pool(pool, at_r, n, d, torch.float32)
+        if pooler == 0:
+            w_sa[router] = read_pool(pool, at_sa, 1, d, torch.float32)[0]
+        if activation == 0:
+            coef[router] = read_pool(pool, at_coef, 1, 12, torch.float32)[0]
+    return prompt_router(h, spans, router_of, w_sa, w_r, coef, codes)

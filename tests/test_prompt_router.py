@@ -106,6 +106,62 @@ def test_poolers_and_gates(pooler, gate, device):
     check(router_inputs(codes=[(pooler, 0, gate % 2, gate, 3, NUM_EXPERTS)]), device)
 
 
+def in_pool(inputs: dict) -> dict:
+    """The same routers in a pool, whose padding is NaN, after a free slot that holds anything."""
+    routers = []
+    for i, (pooler, activation, *_, num_experts) in enumerate(inputs["codes"].tolist()):
+        router = {"w_r": inputs["w_r"][i, :num_experts]}
+        router |= {"w_sa": inputs["w_sa"][i]} if pooler == 0 else {}
+        router |= {"coef": inputs["coef"][i]} if activation == 0 else {}
+        routers.append(router)
+    pool, offsets = reference.pack_routers(routers)
+    router_of = inputs["router_of"]
+    return {
+        "h": inputs["h"],
+        "spans": inputs["spans"],
+        "router_of": torch.where(router_of >= 0, router_of + 1, router_of),
+        "pool": pool,
+        "offsets": torch.cat([torch.full((1, 3), 12345), offsets]),
+        "codes": torch.cat([torch.full((1, 6), -7, dtype=torch.int32), inputs["codes"]]),
+        "num_experts": NUM_EXPERTS,
+    }
+
+
+def to_device(inputs: dict, device: str) -> dict:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def check_pool(inputs: dict, device: str = "cpu") -> None:
+    """prompt_router_pool gives the bits of prompt_router, and those of the reference nearly."""
+    pooled = in_pool(inputs)
+    actual = [t.cpu() for t in ops.prompt_router_pool(**to_device(pooled, device))]
+    for got, want in zip(actual, run_forward(inputs, device), strict=True):
+        assert torch.equal(got, want)
+    exact = reference.prompt_router_pool(**pooled, dtype=torch.float64)
+    same_dtype = reference.prompt_router_pool(**pooled)
+    for name, *values in zip(["probs", "gates", "pooled"], actual, exact, same_dtype, strict=True):
+        assert_as_good_as_torch(*values, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 33, 100])
+def test_pool_equals_tensors(d, dtype, device):
+    check_pool(router_inputs(dtype, d), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pool_on_each_isa(dtype, isa):
+    check_pool(router_inputs(dtype, d=101))
+
+
+def test_pool_of_nothing(device):
+    inputs = in_pool(router_inputs())
+    inputs["router_of"].fill_(-1)
+    inputs["pool"] = torch.empty(0, dtype=torch.uint8)
+    for got in ops.prompt_router_pool(**to_device(inputs, device)):
+        assert torch.equal(got.cpu(), torch.zeros_like(got, device="cpu"))
+
+
 def test_no_prompts(device):
     inputs = router_inputs(spans=[])
     probs, gates, pooled, dh, *_ = run(ops.prompt_router, inputs, device=device)
@@ -206,6 +262,13 @@ def test_opcheck():
     )
 
 
+def test_opcheck_pool():
+    inputs = in_pool(router_inputs(d=8))
+    inputs["h"] = torch.nan_to_num(inputs["h"])
+    inputs["pool"] = inputs["pool"].where(inputs["pool"] != 0xFF, 0)
+    torch.library.opcheck(torch.ops.milora.prompt_router_pool.default, tuple(inputs.values()))
+
+
 ERRORS = [
     (
         {"h": torch.zeros(4, 37, dtype=torch.int32)},
@@ -232,3 +295,23 @@ ERRORS = [
 def test_errors(change, message):
     with pytest.raises(RuntimeError, match="^prompt_router: " + message):
         ops.prompt_router(**{**router_inputs(), **change})
+
+
+POOL_ERRORS = [
+    ({"num_experts": 65}, r"num_experts must be in \[1, 64\], got 65"),
+    ({"num_experts": 4}, r"codes: num_experts must be in \[1, 4\], got 7 for router 1"),
+    ({"router_of": torch.zeros(8, dtype=torch.int32)}, "codes: pooler must be in .* got -7"),
+    ({"offsets": torch.full((13, 3), -1)}, "offsets must place w_sa of router 1 on 16 bytes"),
+    ({"offsets": torch.full((13, 3), 8)}, "offsets must place w_sa of router 1 on 16 bytes"),
+    ({"offsets": torch.full((13, 3), 1 << 40)}, r"offsets must place .* got 1099511627776 \+ 148"),
+    ({"offsets": torch.zeros(13, 4, dtype=torch.int64)}, r"offsets must be \[num_routers, 3\]"),
+    ({"pool": torch.zeros(99)}, "pool must be Byte, got Float"),
+    ({"pool": torch.zeros(99, dtype=torch.uint8)[1:]}, "pool must start on 16 bytes"),
+    ({"codes": torch.zeros(13, 6, dtype=torch.int64)}, "codes must be Int, got Long"),
+]
+
+
+@pytest.mark.parametrize("change, message", POOL_ERRORS)
+def test_pool_errors(change, message):
+    with pytest.raises(RuntimeError, match="^prompt_router_pool: " + message):
+        ops.prompt_router_pool(**{**in_pool(router_inputs()), **change})

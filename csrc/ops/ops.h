@@ -29,6 +29,11 @@ std::tuple<Tensor, Tensor, Tensor> prompt_router(const Tensor& h, const Tensor& 
                                                  const Tensor& w_r, const Tensor& coef,
                                                  const Tensor& codes);
 
+std::tuple<Tensor, Tensor, Tensor> prompt_router_pool(const Tensor& h, const Tensor& spans,
+                                                      const Tensor& router_of, const Tensor& pool,
+                                                      const Tensor& offsets, const Tensor& codes,
+                                                      int64_t num_experts);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_router_backward(
     const Tensor& dprobs, const Tensor& dgates, const Tensor& dpooled, const Tensor& h,
     const Tensor& spans, const Tensor& router_of, const Tensor& w_sa, const Tensor& w_r,

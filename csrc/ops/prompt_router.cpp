@@ -1,7 +1,8 @@
-// milora::prompt_router and its backward: hidden states of prompts -> probabilities and gates.
+// milora::prompt_router, its form for weights in the adapter pool, and the backward.
 #include "common/cuda_runtime.h"
 #include "kernels/prompt_router/cpu.h"
 #include "kernels/prompt_router/cuda.h"
+#include "kernels/prompt_router/weights.h"
 #include "ops/ops.h"
 
 namespace milora {
@@ -9,47 +10,81 @@ namespace {
 
 constexpr int64_t kParallelElements = 16 * 1024;
 
-PromptRouterParams make_params(const char* op, const Tensor& h, const Tensor& spans,
-                               const Tensor& router_of, const Tensor& w_sa, const Tensor& w_r,
-                               const Tensor& coef, const Tensor& codes) {
+struct Table {
+  const char* name;
+  const Tensor& tensor;
+  ScalarType type;
+};
+
+void check_tables(const char* op, const Tensor& h, std::initializer_list<Table> tables) {
+  for (const Table& table : tables) {
+    check_dtype(op, table.name, table.tensor, table.type);
+    check_same_device(op, table.name, table.tensor, h);
+    check_contiguous(op, table.name, table.tensor);
+  }
+}
+
+// What both forms of the op share: prompts, and per router its codes.
+PromptRouterParams prompt_params(const char* op, const Tensor& h, const Tensor& spans,
+                                 const Tensor& router_of, const Tensor& codes,
+                                 int64_t num_experts) {
   PromptRouterParams p{};
   p.dtype = float_dtype(op, "h", h);
   check_shape(op, "h", h, {-1, -1}, "[num_tokens, d]");
-  check_shape(op, "w_r", w_r, {-1, -1, h.size(1)}, "[num_routers, num_experts, d]");
   p.num_tokens = h.size(0);
   p.d = h.size(1);
-  p.num_routers = w_r.size(0);
-  p.num_experts = w_r.size(1);
   check(p.d >= 1, op, "d must be at least 1, got 0");
-  check(p.num_experts >= 1 && p.num_experts <= kMaxExperts, op, "num_experts must be in [1, ",
-        kMaxExperts, "], got ", p.num_experts);
-  check_dtype(op, "spans", spans, ScalarType::Int);
-  check_dtype(op, "router_of", router_of, ScalarType::Int);
-  check_dtype(op, "codes", codes, ScalarType::Int);
-  check_dtype(op, "w_sa", w_sa, ScalarType::Float);
-  check_dtype(op, "w_r", w_r, ScalarType::Float);
-  check_dtype(op, "coef", coef, ScalarType::Float);
+  check(num_experts >= 1 && num_experts <= kMaxExperts, op, "num_experts must be in [1, ",
+        kMaxExperts, "], got ", num_experts);
+  p.num_experts = num_experts;
   check_shape(op, "router_of", router_of, {-1}, "[num_prompts]");
   p.num_prompts = router_of.size(0);
   check_shape(op, "spans", spans, {p.num_prompts, 2}, "[num_prompts, 2]");
-  check_shape(op, "w_sa", w_sa, {p.num_routers, p.d}, "[num_routers, d]");
-  check_shape(op, "coef", coef, {p.num_routers, kNumCoefs}, "[num_routers, 12]");
-  check_shape(op, "codes", codes, {p.num_routers, kNumCodes}, "[num_routers, 6]");
-  const std::pair<const char*, const Tensor*> tables[] = {
-      {"spans", &spans}, {"router_of", &router_of}, {"w_sa", &w_sa},
-      {"w_r", &w_r},     {"coef", &coef},           {"codes", &codes}};
-  for (const auto& [name, table] : tables) {
-    check_same_device(op, name, *table, h);
-    check_contiguous(op, name, *table);
-  }
+  check_shape(op, "codes", codes, {-1, kNumCodes}, "[num_routers, 6]");
+  p.num_routers = codes.size(0);
+  check_tables(op, h,
+               {{"spans", spans, ScalarType::Int},
+                {"router_of", router_of, ScalarType::Int},
+                {"codes", codes, ScalarType::Int}});
   p.h = h.const_data_ptr();
   p.h_stride = row_stride(op, "h", h);
   p.spans = static_cast<const int32_t*>(spans.const_data_ptr());
   p.router_of = static_cast<const int32_t*>(router_of.const_data_ptr());
+  p.codes = static_cast<const RouterCodes*>(codes.const_data_ptr());
+  return p;
+}
+
+PromptRouterParams make_params(const char* op, const Tensor& h, const Tensor& spans,
+                               const Tensor& router_of, const Tensor& w_sa, const Tensor& w_r,
+                               const Tensor& coef, const Tensor& codes) {
+  check_shape(op, "w_r", w_r, {-1, -1, -1}, "[num_routers, num_experts, d]");
+  PromptRouterParams p = prompt_params(op, h, spans, router_of, codes, w_r.size(1));
+  check_shape(op, "w_r", w_r, {p.num_routers, p.num_experts, p.d}, "[num_routers, num_experts, d]");
+  check_shape(op, "w_sa", w_sa, {p.num_routers, p.d}, "[num_routers, d]");
+  check_shape(op, "coef", coef, {p.num_routers, kNumCoefs}, "[num_routers, 12]");
+  check_tables(op, h,
+               {{"w_sa", w_sa, ScalarType::Float},
+                {"w_r", w_r, ScalarType::Float},
+                {"coef", coef, ScalarType::Float}});
   p.w_sa = static_cast<const float*>(w_sa.const_data_ptr());
   p.w_r = static_cast<const float*>(w_r.const_data_ptr());
   p.coef = static_cast<const float*>(coef.const_data_ptr());
-  p.codes = static_cast<const RouterCodes*>(codes.const_data_ptr());
+  return p;
+}
+
+PromptRouterParams make_pool_params(const char* op, const Tensor& h, const Tensor& spans,
+                                    const Tensor& router_of, const Tensor& pool,
+                                    const Tensor& offsets, const Tensor& codes,
+                                    int64_t num_experts) {
+  PromptRouterParams p = prompt_params(op, h, spans, router_of, codes, num_experts);
+  check_shape(op, "pool", pool, {-1}, "[pool_bytes]");
+  check_shape(op, "offsets", offsets, {p.num_routers, 3}, "[num_routers, 3]");
+  check_tables(op, h, {{"pool", pool, ScalarType::Byte}, {"offsets", offsets, ScalarType::Long}});
+  p.pool = static_cast<const uint8_t*>(pool.const_data_ptr());
+  p.pool_bytes = pool.size(0);
+  p.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  check(reinterpret_cast<uintptr_t>(p.pool) % 16 == 0, op,
+        "pool must start on 16 bytes, got an address that does not");
   return p;
 }
 
@@ -69,27 +104,38 @@ void check_disjoint(const char* op, const PromptRouterParams& p) {
   }
 }
 
-// Values of CPU tensors; on a GPU reading them would stop the stream.
-void check_values(const char* op, const PromptRouterParams& p) {
-  for (int64_t i = 0; i < p.num_routers; ++i) {
-    const RouterCodes& codes = p.codes[i];
-    const auto code = [&](const char* name, int32_t value, int32_t low, int64_t high) {
-      check(value >= low && value <= high, op, "codes: ", name, " must be in [", low, ", ", high,
-            "], got ", value, " for router ", i);
-    };
-    code("pooler", static_cast<int32_t>(codes.pooler), 0, 3);
-    code("activation", static_cast<int32_t>(codes.activation), 0, 2);
-    code("norm", static_cast<int32_t>(codes.norm), 0, 1);
-    code("gate", static_cast<int32_t>(codes.gate), 0, 2);
-    code("num_experts", codes.num_experts, 1, p.num_experts);
-    code("top_k", codes.top_k, 1, codes.num_experts);
+void check_codes(const char* op, const PromptRouterParams& p, int64_t router) {
+  const RouterCodes& codes = p.codes[router];
+  const auto code = [&](const char* name, int32_t value, int32_t low, int64_t high) {
+    check(value >= low && value <= high, op, "codes: ", name, " must be in [", low, ", ", high,
+          "], got ", value, " for router ", router);
+  };
+  code("pooler", static_cast<int32_t>(codes.pooler), 0, 3);
+  code("activation", static_cast<int32_t>(codes.activation), 0, 2);
+  code("norm", static_cast<int32_t>(codes.norm), 0, 1);
+  code("gate", static_cast<int32_t>(codes.gate), 0, 2);
+  code("num_experts", codes.num_experts, 1, p.num_experts);
+  code("top_k", codes.top_k, 1, codes.num_experts);
+  if (p.offsets == nullptr) return;
+  constexpr const char* kNames[] = {"w_sa", "W_r", "coef"};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t offset = p.offsets[3 * router + i], bytes = router_bytes(p, codes, i);
+    check(bytes == 0 || inside_pool(p, offset, bytes), op, "offsets must place ", kNames[i],
+          " of router ", router, " on 16 bytes inside the pool of ", p.pool_bytes, " bytes, got ",
+          offset, " + ", bytes);
   }
+}
+
+// Values of CPU tensors; on a GPU reading them would stop the stream. Only routers in use count: a
+// free slot of a pool holds anything.
+void check_values(const char* op, const PromptRouterParams& p) {
   for (int64_t i = 0; i < p.num_prompts; ++i) {
     const int32_t begin = p.spans[2 * i], end = p.spans[2 * i + 1];
     check(0 <= begin && begin <= end && end <= p.num_tokens, op, "spans must lie in [0, ",
           p.num_tokens, "], got [", begin, ", ", end, ") for prompt ", i);
     check(p.router_of[i] >= -1 && p.router_of[i] < p.num_routers, op, "router_of must be in [-1, ",
           p.num_routers, "), got ", p.router_of[i], " for prompt ", i);
+    if (p.router_of[i] >= 0) check_codes(op, p, p.router_of[i]);
   }
   check_disjoint(op, p);
 }
@@ -163,6 +209,27 @@ void run_cpu_backward(const char* op, const PromptRouterBackwardParams& params) 
   run(p.num_routers, kernels.combine);
 }
 
+// Allocates the outputs and computes them on h's device.
+std::tuple<Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, PromptRouterParams p) {
+  const auto empty = [&](int64_t columns) {
+    return torch::stable::new_empty(h, {p.num_prompts, columns}, ScalarType::Float);
+  };
+  Tensor probs = empty(p.num_experts), gates = empty(p.num_experts), pooled = empty(p.d);
+  if (p.num_prompts == 0) return {probs, gates, pooled};
+  p.probs = static_cast<float*>(probs.mutable_data_ptr());
+  p.gates = static_cast<float*>(gates.mutable_data_ptr());
+  p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  if (h.is_cuda()) {
+    Tensor scratch = torch::stable::new_empty(h, {prompt_router_cuda_scratch(p)}, ScalarType::Byte);
+    run_cuda(op, h, [&](void* stream) {
+      return prompt_router_cuda(p, scratch.mutable_data_ptr(), stream);
+    });
+  } else {
+    run_cpu(op, p);
+  }
+  return {probs, gates, pooled};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> prompt_router(const Tensor& h, const Tensor& spans,
@@ -170,23 +237,15 @@ std::tuple<Tensor, Tensor, Tensor> prompt_router(const Tensor& h, const Tensor& 
                                                  const Tensor& w_r, const Tensor& coef,
                                                  const Tensor& codes) {
   constexpr const char* kOp = "prompt_router";
-  PromptRouterParams p = make_params(kOp, h, spans, router_of, w_sa, w_r, coef, codes);
-  Tensor probs = torch::stable::new_empty(w_sa, {p.num_prompts, p.num_experts});
-  Tensor gates = torch::stable::new_empty(w_sa, {p.num_prompts, p.num_experts});
-  Tensor pooled = torch::stable::new_empty(w_sa, {p.num_prompts, p.d});
-  if (p.num_prompts == 0) return {probs, gates, pooled};
-  p.probs = static_cast<float*>(probs.mutable_data_ptr());
-  p.gates = static_cast<float*>(gates.mutable_data_ptr());
-  p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
-  if (h.is_cuda()) {
-    Tensor scratch = torch::stable::new_empty(h, {prompt_router_cuda_scratch(p)}, ScalarType::Byte);
-    run_cuda(kOp, h, [&](void* stream) {
-      return prompt_router_cuda(p, scratch.mutable_data_ptr(), stream);
-    });
-  } else {
-    run_cpu(kOp, p);
-  }
-  return {probs, gates, pooled};
+  return run(kOp, h, make_params(kOp, h, spans, router_of, w_sa, w_r, coef, codes));
+}
+
+std::tuple<Tensor, Tensor, Tensor> prompt_router_pool(const Tensor& h, const Tensor& spans,
+                                                      const Tensor& router_of, const Tensor& pool,
+                                                      const Tensor& offsets, const Tensor& codes,
+                                                      int64_t num_experts) {
+  constexpr const char* kOp = "prompt_router_pool";
+  return run(kOp, h, make_pool_params(kOp, h, spans, router_of, pool, offsets, codes, num_experts));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_router_backward(

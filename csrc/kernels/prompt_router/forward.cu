@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRouterThreads)
   for (int t = warp; t < n; t += kRouterWarps) {
     const bool attend = pooler == Pooler::kSelfAttention;
     const float score =
-        attend ? warp_dot(h + t * p.h_stride, p.w_sa + chunk.router * p.d, p.d) : 0.0f;
+        attend ? warp_dot(h + t * p.h_stride, router_weights(p, chunk.router).w_sa, p.d) : 0.0f;
     if (lane == 0) weights[t] = score;
   }
   __syncthreads();
@@ -114,14 +114,14 @@ __global__ void __launch_bounds__(kRouterThreads)
 
   // Phase 2: activation and head.
   const float factor = rms_factor(codes, pooled, p.d, shared);
+  const RouterWeights weights = router_weights(p, router);
   float* activated = partials.activated + prompt * p.d;
   for (int64_t c = threadIdx.x; c < p.d; c += kRouterThreads) {
-    activated[c] = activate(codes.activation, factor * pooled[c], p.coef + router * kNumCoefs);
+    activated[c] = activate(codes.activation, factor * pooled[c], weights.coef);
   }
   __syncthreads();
   for (int e = threadIdx.x / kWarp; e < num_experts; e += kRouterWarps) {
-    const float* w_r = p.w_r + (router * p.num_experts + e) * p.d;
-    const float logit = warp_dot(w_r, activated, p.d);
+    const float logit = warp_dot(weights.w_r + e * weights.w_r_stride, activated, p.d);
     if (threadIdx.x % kWarp == 0) logits[e] = logit;
   }
   __syncthreads();

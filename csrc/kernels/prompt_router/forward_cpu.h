@@ -12,6 +12,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/prompt_router/cpu.h"
 #include "kernels/prompt_router/math.h"
+#include "kernels/prompt_router/weights.h"
 
 namespace milora::MILORA_ISA {
 namespace {
@@ -38,7 +39,7 @@ void pool_chunk(const RouterWork& work, int64_t index) {
     case Pooler::kSelfAttention: {
       const T* rows[kRouterChunk];
       for (int64_t t = 0; t < n; ++t) rows[t] = h + t * p.h_stride;
-      dot_rows(rows, n, p.w_sa + router * p.d, p.d, 1, p.d, weights, 1);
+      dot_rows(rows, n, router_weights(p, router).w_sa, p.d, 1, p.d, weights, 1);
       float top = weights[0];
       for (int64_t t = 1; t < n; ++t) top = max_or_nan(top, weights[t]);
       float total = 0;
@@ -142,18 +143,18 @@ void head_prompt(const RouterWork& work, int64_t prompt) {
 
   // Activate a block of columns at a time and take it through every expert's row of W_r.
   const float factor = rms_factor(codes, pooled, p.d);
-  const float* coef = p.coef + router * kNumCoefs;
-  const float* w_r = p.w_r + router * p.num_experts * p.d;
+  const RouterWeights weights = router_weights(p, router);
   constexpr int64_t kBlock = 512;
   float logits[kMaxExperts] = {};
   for (int64_t c0 = 0; c0 < p.d; c0 += kBlock) {
     const int64_t n = p.d - c0 < kBlock ? p.d - c0 : kBlock;
     float block[kBlock], partial[kMaxExperts];
     for (int64_t c = 0; c < n; ++c) {
-      block[c] = activate(codes.activation, factor * pooled[c0 + c], coef);
+      block[c] = activate(codes.activation, factor * pooled[c0 + c], weights.coef);
     }
     const float* rows[1] = {block};
-    dot_rows(rows, 1, w_r + c0, p.d, codes.num_experts, n, partial, codes.num_experts);
+    dot_rows(rows, 1, weights.w_r + c0, weights.w_r_stride, codes.num_experts, n, partial,
+             codes.num_experts);
     for (int e = 0; e < codes.num_experts; ++e) logits[e] += partial[e];
   }
   softmax(logits, codes.num_experts, probs);

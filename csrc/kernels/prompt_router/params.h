@@ -33,9 +33,12 @@ struct PromptRouterParams {
   int64_t h_stride;          // elements
   const int32_t* spans;      // [num_prompts, 2] half-open
   const int32_t* router_of;  // [num_prompts]
-  const float* w_sa;         // [num_routers, d]
+  const float* w_sa;         // [num_routers, d]; null like the next two with a pool
   const float* w_r;          // [num_routers, num_experts, d]
   const float* coef;         // [num_routers, kNumCoefs]
+  const uint8_t* pool;       // [pool_bytes], 16-byte aligned
+  int64_t pool_bytes;
+  const int64_t* offsets;    // [num_routers, 3]: w_sa, W_r, coef; bytes, -1 = absent; or null
   const RouterCodes* codes;  // [num_routers]
   float* probs;              // [num_prompts, num_experts]
   float* gates;              // [num_prompts, num_experts]

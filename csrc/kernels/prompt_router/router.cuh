@@ -7,6 +7,7 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/prompt_router/cuda.h"
 #include "kernels/prompt_router/math.h"
+#include "kernels/prompt_router/weights.h"
 
 namespace milora {
 
@@ -17,9 +18,15 @@ inline int64_t max_chunks(const PromptRouterParams& p) {
   return p.num_tokens / kRouterChunk + p.num_prompts;
 }
 
+// -1: none, or one that is not there.
 __device__ __forceinline__ int32_t router_of(const PromptRouterParams& p, int64_t prompt) {
   const int32_t router = p.router_of[prompt];
-  return router < p.num_routers ? router : -1;
+  if (router < 0 || router >= p.num_routers) return -1;
+  for (int i = 0; p.offsets != nullptr && i < 3; ++i) {
+    const int64_t bytes = router_bytes(p, p.codes[router], i);
+    if (bytes != 0 && !inside_pool(p, p.offsets[3 * router + i], bytes)) return -1;
+  }
+  return router;
 }
 
 // The prompt's tokens, cut to what exists.

@@ -18,6 +18,7 @@ from milora.config import MiLoRAConfig
 from milora.experts import ExpertSpec, make_spec
 from milora.generation import GenerateMethods, Replaced
 from milora.nn import MiLoRALinear
+from milora.opening import check_layout
 from milora.routing import RoutingState
 from milora.runtime import ROUTER_NAME, BlockHook, Runtime, Stats, add_router
 
@@ -51,15 +52,7 @@ def attach(
     """
     existing = runtime_of(model, required=False)
     _check_name(adapter_name, existing)
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise ValueError(
-            "attach: the model's parameters are sharded already. Attach first and call fully_shard "
-            "after it; tensor-parallel bases are not supported"
-        )
-    if existing is None and hasattr(model, "save_pretrained"):
-        from milora.integrations.transformers import check_version
-
-        check_version()
+    _check_model(model, existing)
     blocks = find_blocks(model, config)
     runtime = existing or _install(model, blocks)
     try:
@@ -79,8 +72,37 @@ def attach(
     return model
 
 
+def open_runtime(model: nn.Module, target_modules: str | list[str] = "all-linear") -> Runtime:
+    """Make `model` ready for the adapters of a pool: its targeted linear modules can take experts.
+
+    Raises:
+        ValueError, ImportError: as `attach`; or the model has a pool already.
+    """
+    existing = runtime_of(model, required=False)
+    if existing is not None and existing.pool is not None:
+        raise ValueError("AdapterPool: this model has a pool already; close it first")
+    _check_model(model, existing)
+    blocks = find_blocks(model, MiLoRAConfig(target_modules=target_modules))
+    runtime = existing or _install(model, blocks)
+    for index, found in enumerate(blocks):
+        for path in found.experts:
+            _linear_at(runtime, index, path)
+    return runtime
+
+
+def close_runtime(runtime: Runtime) -> None:
+    """Let go of a pool that is closing: with nothing attached the model is bare again."""
+    runtime.pool = None
+    if not runtime.configs:
+        _uninstall(runtime)
+    elif runtime.active is not None and not runtime.knows(runtime.active):
+        runtime.active = None
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Take every adapter off: the bare model again, bit for bit, its modules the very same objects.
+
+    A pool on the model is closed.
 
     Raises:
         ValueError: nothing is attached.
@@ -88,7 +110,10 @@ def detach(model: nn.Module) -> nn.Module:
     runtime = runtime_of(model)
     for name in list(runtime.configs):
         _drop_adapter(runtime, name)
-    _uninstall(runtime)
+    if runtime.pool is not None:
+        runtime.pool.close()  # which closes the runtime
+    else:
+        _uninstall(runtime)
     return model
 
 
@@ -101,16 +126,16 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     runtime = runtime_of(model)
     _check_known(runtime, adapter_name)
     _drop_adapter(runtime, adapter_name)
-    if not runtime.configs:
+    if not runtime.configs and runtime.pool is None:
         _uninstall(runtime)
-    elif runtime.active == adapter_name:
+    elif runtime.configs and runtime.active == adapter_name:
         runtime.active = next(iter(runtime.configs))
 
 
 def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     """Choose the adapter of forwards that name none; None switches to the bare model."""
     runtime = runtime_of(model)
-    if adapter_name is not None:
+    if adapter_name is not None and not runtime.knows(adapter_name):
         _check_known(runtime, adapter_name)
     runtime.active = adapter_name
 
@@ -182,10 +207,10 @@ def pin_route(model: nn.Module, state: RoutingState) -> Iterator[None]:
     device = next(model.parameters()).device
     state = state.to(device)
     state.adapters = tuple(
-        runtime.active if name not in runtime.configs and name is not None else name
+        runtime.active if name is not None and not runtime.knows(name) else name
         for name in state.adapters
     )
-    runtime._check_layout(state)
+    check_layout(runtime, state)
     with _local(model, pinned=state):
         yield
 
@@ -321,8 +346,20 @@ def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
 def _check_name(name: str, runtime: Runtime | None) -> None:
     if not name or "." in name or name in ("__base__", "base_layer"):
         raise ValueError(f"attach: adapter_name must be non-empty without dots, got {name!r}")
-    if runtime is not None and name in runtime.configs:
+    if runtime is not None and runtime.knows(name):
         raise ValueError(f"attach: there is an adapter {name!r} already")
+
+
+def _check_model(model: nn.Module, runtime: Runtime | None) -> None:
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            "attach: the model's parameters are sharded already. Attach first and call fully_shard "
+            "after it; tensor-parallel bases are not supported"
+        )
+    if runtime is None and hasattr(model, "save_pretrained"):
+        from milora.integrations.transformers import check_version
+
+        check_version()
 
 
 def _check_known(runtime: Runtime, name: str) -> None:
@@ -456,6 +493,11 @@ def _linear_at(runtime: Runtime, index: int, path: str) -> MiLoRALinear:
     if isinstance(module, MiLoRALinear):
         return module
     if path not in block.experts:
+        if runtime.pool is not None:
+            raise ValueError(
+                f"attach: {block.path}.{path} is none of the modules that the model's adapter pool "
+                "serves; make the pool with target_modules that include it"
+            )
         blocks = list(runtime.blocks)
         block = blocks[index] = type(block)(
             block.path, block.module, (*block.experts, path), block.source
@@ -466,6 +508,7 @@ def _linear_at(runtime: Runtime, index: int, path: str) -> MiLoRALinear:
     linear.train(module.training)
     _set_submodule(block.module, path, linear)
     runtime.linears[index].append(linear)
+    runtime.forget_siblings()
     return linear
 
 
@@ -480,5 +523,6 @@ def _drop_adapter(runtime: Runtime, name: str) -> None:
     runtime.configs.pop(name, None)
     runtime.columns.pop(name, None)
     runtime.windows.pop(name, None)
+    runtime.packs.clear()
     if runtime.active == name:
         runtime.active = None

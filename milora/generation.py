@@ -19,6 +19,7 @@ from milora.route_cache import held_by
 from milora.routing import RoutingState
 
 if TYPE_CHECKING:
+    from milora.pooled import PoolLease
     from milora.runtime import Runtime
 
 
@@ -38,6 +39,7 @@ class Generation:
     num_prompts: int | None
     length: int | None
     adapters: list[str | None] | None
+    lease: PoolLease | None = None  # of adapters that live in a pool, for the whole call
     own: Slot = field(default_factory=Slot)
     other: Slot = field(default_factory=Slot)
     prepared: Tensor | None = None
@@ -97,12 +99,15 @@ class GenerateMethods:
         embeds = arguments.get("inputs_embeds")
         inputs = embeds if isinstance(embeds, Tensor) else inputs
         num_prompts, length = (None, None) if inputs is None else inputs.shape[:2]
+        lease = runtime.lease_for(num_prompts, adapters)
         previous = runtime.local.generation
-        runtime.local.generation = Generation(num_prompts, length, adapters)
+        runtime.local.generation = Generation(num_prompts, length, adapters, lease)
         try:
             return original(*args, **kwargs)
         finally:
             runtime.local.generation = previous
+            if lease is not None:
+                lease.release()
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         def option(name: str) -> Any:

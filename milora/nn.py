@@ -12,8 +12,6 @@ from milora.experts import ExpertSpec, ExpertWeights, get_kind
 from milora.router import keeps_unused_edges
 from milora.routing import Call
 
-ROW_BYTES = 16  # rows in a pool start at multiples of this: one vector load
-
 
 class Weight(nn.Module):
     """One named tensor, so that its key reads `lora_A.<adapter>.weight` as PEFT's does."""
@@ -51,7 +49,7 @@ class MiLoRALinear(nn.Module):
         self.specs: dict[str, ExpertSpec] = {}
         self.kinds: dict[str, str] = {}
         self._calls = calls
-        self._packs: dict[tuple, tuple[tuple, tuple[Tensor, ...]]] = {}
+        self.siblings: tuple[MiLoRALinear, ...] = ()  # see milora/siblings.py; itself first
 
     def __getattr__(self, name: str):
         try:
@@ -93,7 +91,6 @@ class MiLoRALinear(nn.Module):
                 self._modules[key][name] = weight.requires_grad_(trainable)
         self.specs[name] = spec
         self.kinds[name] = kind
-        self._packs.clear()
 
     def remove_adapter(self, name: str) -> None:
         for key in [*get_kind(self.kinds[name]).tensors(self.specs[name]), *self.frozen(name)]:
@@ -101,7 +98,6 @@ class MiLoRALinear(nn.Module):
             if not self._modules[key]:
                 del self._modules[key]
         del self.specs[name], self.kinds[name]
-        self._packs.clear()
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable tensors of one adapter's expert, by their names in the saved file."""
@@ -150,17 +146,59 @@ class MiLoRALinear(nn.Module):
     # ---- forward ------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
+        base_layer = self._modules["base_layer"]  # this way costs a tenth of an attribute look-up
         call = self._calls.call
         if call is None:
-            return y
-        self._check_rows(call, y)
+            return base_layer(x, *args, **kwargs)
         if torch.is_grad_enabled() or self.training:
-            return self._forward_train(call, x, y)
+            if not call.pooled:
+                y = base_layer(x, *args, **kwargs)
+                self._check_rows(call, y)
+                return self._forward_train(call, x, y)
+            if x.requires_grad:
+                raise RuntimeError(
+                    "milora: adapters in a pool serve inference only; use torch.no_grad(), or "
+                    "milora.load the adapter to train it"
+                )
+        if torch.compiler.is_compiling() or args or kwargs:
+            return self._forward_alone(call, x, base_layer(x, *args, **kwargs))
+        if call.watch is not None:
+            call.watch.saw(self, x)
+        if call.ready and (early := call.ready.pop(self, None)) is not None:
+            if early[0] is x and early[1] == _version(x):
+                return early[2]
+        if not self.siblings:
+            return self._forward_alone(call, x, base_layer(x))
+        return self._forward_siblings(call, x)
+
+    def _forward_alone(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
+        self._check_rows(call, y)
         active = call.state.block_active[self.block]
         if active is not None and not torch.compiler.is_compiling() and not active[self.column]:
             return y
-        return self._forward_inference(call, x, y)
+        return self._update(call, x, [y], [self])[0]
+
+    def _forward_siblings(self, call: Call, x: Tensor) -> Tensor:
+        """This module's output; those of its siblings wait in `call.ready` for theirs calls."""
+        outputs = [sibling._modules["base_layer"](x) for sibling in self.siblings]
+        self._check_rows(call, outputs[0])
+        active = call.state.block_active[self.block]
+        chosen = [
+            i for i, s in enumerate(self.siblings) if active is None or active[s.column]
+        ]  # fmt: skip
+        if len({outputs[i].dtype for i in chosen}) > 1:
+            groups = [[i] for i in chosen]
+        else:
+            groups = [chosen] if chosen else []
+        for group in groups:
+            members = [self.siblings[i] for i in group]
+            updated = self._update(call, x, [outputs[i] for i in group], members)
+            for i, y in zip(group, updated, strict=True):
+                outputs[i] = y
+        version = _version(x)
+        for sibling, y in zip(self.siblings[1:], outputs[1:], strict=True):
+            call.ready[sibling] = (x, version, y)
+        return outputs[0]
 
     def _check_rows(self, call: Call, y: Tensor) -> None:
         """Refuse [T, B, d] (Longformer): its tokens would silently follow the wrong prompts."""
@@ -172,27 +210,34 @@ class MiLoRALinear(nn.Module):
                 "target_modules"
             )
 
-    def _forward_inference(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
-        if not y.is_contiguous():
-            y = y.contiguous()
-        rows = y.view(-1, self.d_out)
-        pool, offsets, ranks, scales = self.pack(call.adapters, y.dtype)
+    def _update(
+        self, call: Call, x: Tensor, outputs: list[Tensor], linears: list[MiLoRALinear]
+    ) -> list[Tensor]:
+        """`outputs` of `linears`, which share x and a dtype, with their updates added in place."""
+        dtype = outputs[0].dtype
+        stored = call.weights.dtype(self.block, linears[0].column, dtype)
+        ys = [y.to(stored).contiguous() for y in outputs] if stored != dtype else [
+            y if y.is_contiguous() else y.contiguous() for y in outputs
+        ]  # fmt: skip
+        if x.dtype != stored:
+            x = x.to(stored)
+        slot_of = call.slot_of  # first: an adapter that is new to inference gets its slot here
+        tables = call.weights.block(self.block, stored)
         ops.grouped_lora_(
-            [rows],
-            x.reshape(-1, self.d_in).to(y.dtype),
-            pool,
-            offsets,
-            ranks,
-            scales,
+            ys,
+            x if x.is_contiguous() else x.contiguous(),
+            tables.pool,
+            tables.offsets,
+            tables.ranks,
+            tables.scales,
             call.state.block_gates[self.block],
-            call.route_of(rows.shape[0]),
-            call.adapter_of,
-            [self.column],
+            call.route_of(x.numel() // self.d_in),
+            slot_of,
+            [linear.column for linear in linears],
         )
-        return y
+        return [y.to(dtype) for y in ys] if stored != dtype else ys
 
     def _forward_train(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
-        self._packs.clear()  # the weights are about to change
         if x.requires_grad and _is_repacked(self.base_layer):
             raise RuntimeError(
                 "milora: bitsandbytes has repacked this model's 4-bit weights for CPU inference (a "
@@ -256,71 +301,10 @@ class MiLoRALinear(nn.Module):
         routes = per_route[route_of.clamp(min=0).long()] * (route_of >= 0)[:, None]
         return routes * y
 
-    # ---- the packed form that inference reads --------------------------------------------------
 
-    def pack(self, adapters: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Pool, offsets, ranks and scales of these adapters' experts, for `ops.grouped_lora_`."""
-        entry = self._packs.get((adapters, dtype))
-        if entry is None:
-            entry = self._packs[(adapters, dtype)] = self._build_pack(adapters, dtype)
-        return entry[1]
-
-    def drop_stale_packs(self) -> None:
-        """Forget packs of weights that have changed; asked for at the start of a prefill."""
-        for key, entry in list(self._packs.items()):
-            if entry[0] != self._versions(key[0]):
-                del self._packs[key]
-
-    def _versions(self, adapters: tuple[str, ...]) -> tuple:
-        return tuple(
-            (tensor.data_ptr(), tensor._version)
-            for name in adapters
-            if name in self.specs
-            for tensor in self.tensors(name).values()
-        )
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _build_pack(
-        self, adapters: tuple[str, ...], dtype: torch.dtype
-    ) -> tuple[tuple, tuple[Tensor, ...]]:
-        versions = self._versions(adapters)
-        runs: list[Tensor] = []
-        offsets, ranks, scales = [], [], []
-        end = 0
-
-        def place(rows: Tensor | None) -> int:
-            nonlocal end
-            if rows is None:
-                return -1
-            data = rows.contiguous().view(torch.uint8)
-            data = nn.functional.pad(data, (0, -data.shape[-1] % ROW_BYTES))
-            runs.append(data.flatten())
-            start, end = end, end + data.numel()
-            return start
-
-        for name in adapters:
-            if name not in self.specs:
-                offsets.append([0, 0, -1, -1])
-                ranks.append(0)
-                scales.append(0.0)
-                continue
-            expert = self.weights(name)
-            u = None if expert.output is None else expert.output.float()
-            bias = getattr(self.base_layer, "bias", None)
-            v = None if u is None else -u * (0.0 if bias is None else bias.float())
-            a, bt = expert.a.to(dtype), expert.b.T.to(dtype)
-            offsets.append([place(a), place(bt), place(u), place(v)])
-            ranks.append(a.shape[0])
-            scales.append(expert.scale)
-        device = self.device
-        pool = torch.cat(runs) if runs else torch.empty(0, dtype=torch.uint8, device=device)
-        return versions, (
-            pool,
-            torch.tensor(offsets, dtype=torch.int64, device=device).view(len(adapters), 1, 4),
-            torch.tensor(ranks, dtype=torch.int32, device=device).view(-1, 1),
-            torch.tensor(scales, dtype=torch.float32, device=device).view(-1, 1),
-        )
+def _version(x: Tensor) -> int | None:
+    """Changes when x is changed in place; tensors made in inference mode have none."""
+    return None if x.is_inference() else x._version
 
 
 def _dequantized(linear: nn.Module) -> Tensor | None:

@@ -12,6 +12,7 @@ from milora import ops, rational
 from milora.config import ACTIVATIONS, GATES, POOLERS, ROUTER_NORMS, MiLoRAConfig
 
 NUM_COEFFICIENTS = 12
+ROUTER_NAME = "milora_router"  # of the routers' ModuleDict, a child of its block
 
 
 class PromptRouter(nn.Module):

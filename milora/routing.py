@@ -9,11 +9,17 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from milora.packs import Packs
+    from milora.pooled import PooledWeights
+    from milora.siblings import SiblingWatch
 
 STATE_FORMAT = "milora_routing_state"
 STATE_VERSION = 1
@@ -49,6 +55,7 @@ class RoutingState:
         self.block_pooled: list[Tensor | None] = [None] * len(names)
         self.block_active: list[tuple[bool, ...] | None] = [None] * len(names)
         self._adapters: tuple[tuple[str, ...], Tensor] | None = None
+        self._slots: tuple[tuple[int, ...], Tensor] | None = None
         self._maps: dict[int, Tensor] = {}
 
     # ---- reading ------------------------------------------------------------------------------
@@ -142,6 +149,19 @@ class RoutingState:
                 torch.tensor(index, dtype=torch.int32, device=self.row_of.device),
             )
         return self._adapters
+
+    def slot_table(self, slots: tuple[int, ...]) -> Tensor:
+        """[num_prompts] int32: the slot of each prompt's adapter (-1: bare model).
+
+        Args:
+            slots: of the distinct adapters, in the order of `adapter_table`.
+        """
+        if self._slots is None or self._slots[0] != slots:
+            place = dict(zip(self.adapter_table()[0], slots, strict=True))
+            index = [-1 if name is None else place[name] for name in self.adapters]
+            device = self.row_of.device
+            self._slots = slots, torch.tensor(index, dtype=torch.int32, device=device)
+        return self._slots[1]
 
     # ---- following the cache ------------------------------------------------------------------
 
@@ -321,6 +341,20 @@ class Call:
         self.cache: object | None = None  # where the state goes when the forward has succeeded
         self.labels: Tensor | None = None
         self.num_items: Tensor | int | None = None
+        # Inference: where the weights are (`Packs` or `PooledWeights`), outputs that a sibling has
+        # computed along with its own (x, its version, y), and who watches for siblings.
+        self.weights: Packs | PooledWeights | None = None
+        self.pooled = False
+        self.ready: dict[nn.Module, tuple[Tensor, int | None, Tensor]] = {}
+        self.watch: SiblingWatch | None = None
+        self._slot_of: Tensor | None = None
+
+    @property
+    def slot_of(self) -> Tensor:
+        """[num_prompts] int32: the slot of each prompt's adapter in `weights`; -1: bare model."""
+        if self._slot_of is None:
+            self._slot_of = self.state.slot_table(self.weights.slots(self.adapters))
+        return self._slot_of
 
     def route_of(self, num_tokens: int) -> Tensor:
         if self.plan is not None and self.plan.segment_of is not None:

@@ -1,33 +1,39 @@
 """What turns a model's forwards into routed forwards: hooks around the model and its blocks.
 
-One `Runtime` serves one model with any number of adapters. It finds out, when a forward begins,
-which tokens are prompts (or which cache already has a route), lets each block's router run in
-front of the block, and hands the gates to the block's linear modules through a thread-local
-`Call`. Nothing about a request is kept here: routes live with their KV cache.
+One `Runtime` serves one model with any number of adapters. When a forward begins it opens a `Call`
+(`milora.opening`): which tokens are prompts, or which cache already has a route. It lets each
+block's router run in front of the block (`milora.block_routing`), and hands the gates to the
+block's linear modules through the thread-local call. Nothing about a request is kept here: routes
+live with their KV cache.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from milora import prompts
 from milora.balance import BalanceWindow, Collected, add_balance_loss
+from milora.block_routing import route_block
 from milora.blocks import Block
 from milora.checkpointing import CheckpointedBlock
 from milora.config import MiLoRAConfig
 from milora.nn import MiLoRALinear
-from milora.route_cache import ROUTE, follow_cache, held_by
-from milora.router import PromptRouter, route
+from milora.opening import open_call
+from milora.packs import Packs
+from milora.pooled import PooledWeights, PoolLease
+from milora.route_cache import ROUTE, follow_cache
+from milora.router import ROUTER_NAME, PromptRouter
 from milora.routing import Call, RoutingState
+from milora.siblings import SiblingWatch, may_watch
 
-ROUTER_NAME = "milora_router"
+if TYPE_CHECKING:
+    from milora.pool import AdapterPool
 
 
 class Local(threading.local):
@@ -65,6 +71,9 @@ class Runtime:
         self.linears: list[list[MiLoRALinear]] = [[] for _ in blocks]
         self.configs: dict[str, MiLoRAConfig] = {}
         self.columns: dict[str, list[list[int]]] = {}  # adapter -> per block, its experts' columns
+        self.pool: AdapterPool | None = None  # of registered adapters
+        self.packs = Packs(self)  # of attached ones
+        self.siblings_known = False
         self.active: str | None = None
         self.local = Local()
         self.stats = Stats()
@@ -128,7 +137,17 @@ class Runtime:
         if call.depth > 0:
             return None
         self.local.call = None
-        if output is None or not call.fresh:
+        if call.pooled:
+            call.weights.release()
+        if output is None:
+            return None
+        if call.watch is not None:
+            call.watch.tell()
+            self.siblings_known = True
+        for linear in call.ready:  # nobody asked for it: no siblings of this kind of forward
+            for other in self.linears[linear.block]:
+                other.siblings = ()
+        if not call.fresh:
             return None
         close = self._close_uncompiled if torch.compiler.is_compiling() else self._close
         return close(call, module, output)
@@ -138,22 +157,39 @@ class Runtime:
 
         Outside of compiled graphs, as `_close`: values of tensors would cut them in many places.
         """
-        call = self._open(module, inputs, names)
+        call = open_call(self, module, inputs, names)
         if self.model.training and torch.is_grad_enabled():
             CheckpointedBlock.install(self)
+            self.packs.clear()  # the weights are about to change
         elif call.fresh or not _is_continued(inputs.get("past_key_values")):
-            for linear in itertools.chain(*self.linears):
-                linear.drop_stale_packs()
+            self.packs.drop_stale()
+        generation = self.local.generation
+        kept = None if generation is None else generation.lease
+        is_kept = kept is not None and kept.covers(call.adapters)
+        lease = kept if is_kept else self.lease(call.adapters)
+        call.pooled = lease is not None
+        call.weights = PooledWeights(self.pool, lease, not is_kept) if call.pooled else self.packs
+        if not self.siblings_known and may_watch():
+            call.watch = SiblingWatch()
         return call
 
     @torch.compiler.disable
     def _prepare_uncompiled(self, *args: Any) -> Call:
         call = self._prepare(*args)
+        call.watch = None
         dtype = getattr(self.model, "dtype", None)
         if dtype is not None and not (self.model.training or torch.is_grad_enabled()):
-            for linear in itertools.chain(*self.linears):
-                linear.pack(call.adapters, dtype)  # no graph should have to build one
+            _ = call.slot_of
+            for index in range(len(self.blocks)):
+                call.weights.block(index, dtype)  # no graph should have to build one
         return call
+
+    def forget_siblings(self) -> None:
+        """The next forward will show which modules share an input."""
+        self.siblings_known = False
+        for linears in self.linears:
+            for linear in linears:
+                linear.siblings = ()
 
     def _close(self, call: Call, module: nn.Module, output: Any) -> Any:
         """Hand on the route of a forward that made one, and its load-balance loss."""
@@ -178,93 +214,21 @@ class Runtime:
     def _generating(self) -> bool:
         return self.local.generation is not None and self.local.generation.adapters is not None
 
-    # ---- finding the route of a forward ---------------------------------------------------------
+    # ---- adapters, attached and pooled -----------------------------------------------------------
 
-    def _open(self, module: nn.Module, inputs: dict[str, Any], names: list | None) -> Call:
-        if inputs.get("cache") is not None and inputs.get("past_key_values") is None:
-            raise NotImplementedError(
-                "milora: continuous batching packs several requests into one row of a paged cache, "
-                "whose routes milora cannot tell apart; use generate() with a padded batch"
-            )
-        x = next(
-            (inputs[k] for k in ("input_ids", "inputs_embeds") if inputs.get(k) is not None), None
-        )
-        if self.is_encoder_decoder:
-            return self._open_encoder_decoder(module, inputs, x, names)
-        if x is None:
-            raise ValueError("milora: the forward got neither input_ids nor inputs_embeds")
-        rows, num_columns = x.shape[:2]
-        cache = inputs.get("past_key_values")
-        generation = self.local.generation
-        slot = None  # where a generate() without a cache keeps its route
-        if generation is not None and cache is None:
-            slot = generation.slot(inputs.get("input_ids"))
+    def knows(self, name: str) -> bool:
+        return name in self.configs or (self.pool is not None and name in self.pool)
 
-        state = self._known_state(cache, slot, rows, x.device)
-        if state is not None:
-            return Call(state)
-        if not self.configs_with_router(names):
-            return Call(self._ungated_state(rows, names, x.device))
-        if cache is not None and (length := int(cache.get_seq_length())) > 0:
-            raise ValueError(
-                f"milora: past_key_values holds {length} tokens but no route. A prompt's route "
-                "needs the whole prompt in one forward: chunked prefill and key-value caches made "
-                "without this adapter cannot be continued. Prefill the whole prompt at once, or "
-                "pin a route with milora.pin_route(model, state)"
-            )
-        source = prompts.Source(
-            rows=rows,
-            num_columns=num_columns,
-            device=x.device,
-            mask=prompts.attended(inputs.get("attention_mask"), rows, num_columns),
-            labels=inputs.get("labels") if module is self.model and not self.whole else None,
-            lengths=self.local.prompt_lengths,
-            position_ids=inputs.get("position_ids"),
-            cu_seq_lens=inputs.get("cu_seq_lens_q"),
-            pending=self._pending(cache, slot),
-            prefill=cache is not None or slot is not None or inputs.get("use_cache") is True,
-            whole=self.whole,
-        )
-        call = self._route_anew(source, inputs, names)
-        if slot is not None:
-            slot.state = call.state
-        return call
+    def config_of(self, name: str) -> MiLoRAConfig:
+        return self.configs[name] if name in self.configs else self.pool.entry(name).config
 
-    def _known_state(
-        self, cache: Any, slot: Any, rows: int, device: torch.device
-    ) -> RoutingState | None:
-        if self.local.pinned is not None:
-            state = self.local.pinned
-            if state.num_rows != rows:
-                state = state.with_rows(prompts.rows_of(state.num_prompts, rows, device))
-            self._check_layout(state)
-            return state
-        state = held_by(cache) if cache is not None else getattr(slot, "state", None)
-        if state is None:
-            return None
-        if state.num_rows != rows:
-            raise ValueError(
-                f"milora: the route that lives with past_key_values has {state.num_rows} rows, the "
-                f"forward has {rows}; select or repeat the cache's rows with its own methods"
-            )
-        self._check_layout(state)
-        return state
+    def columns_of(self, name: str) -> list[list[int]]:
+        """Per block, the columns of an adapter's experts, in the order of its router's outputs."""
+        return self.columns[name] if name in self.columns else self.pool.entry(name).columns
 
-    def _check_layout(self, state: RoutingState) -> None:
-        missing = sorted({name for name in state.adapters if name} - set(self.configs))
-        if missing:
-            raise ValueError(f"milora: this route belongs to adapter {missing}, not on the model")
-        if state.names != self.names:
-            raise ValueError("milora: this route was made for other modules than the model has now")
-
-    def _pending(self, cache: Any, slot: Any) -> Any:
-        if cache is not None:
-            return getattr(cache, prompts.PENDING, None)
-        return getattr(slot, "pending", None)
-
-    def configs_with_router(self, names: list | None) -> list[str]:
-        used = self.adapters_of(1, names)
-        return [name for name in used if name is not None and self.configs[name].router]
+    def has_router(self, name: str, block: int) -> bool:
+        """Whether an adapter routes in front of this block: it has a router, and experts there."""
+        return self.config_of(name).router and bool(self.columns_of(name)[block])
 
     def adapters_of(self, num_prompts: int, names: list | None) -> tuple[str | None, ...]:
         """The adapter of each prompt: as named for this call, else the active one."""
@@ -273,82 +237,41 @@ class Runtime:
         if names is None:
             return (self.active,) * num_prompts
         names = [None if name in (None, "__base__") else name for name in names]
-        if unknown := sorted({n for n in names if n is not None and n not in self.configs}):
-            raise ValueError(f"adapter_names: unknown {unknown}; there are {sorted(self.configs)}")
+        if unknown := sorted({n for n in names if n is not None and not self.knows(n)}):
+            raise ValueError(f"adapter_names: unknown {unknown}; there are {self._known()}")
         if num_prompts != 1 and len(names) != num_prompts:
             raise ValueError(
                 f"adapter_names must name one adapter per prompt ({num_prompts}), got {len(names)}"
             )
         return tuple(names)
 
-    def _route_anew(
-        self, source: prompts.Source, inputs: dict[str, Any], names: list | None
-    ) -> Call:
-        """A call whose blocks will route the prompts that `source` finds."""
-        plan, row_of, lengths = source.resolve()
-        adapters = self.adapters_of(plan.spans.shape[0], names)
-        call = Call(RoutingState(self.names, self.paths, adapters, row_of, lengths), plan)
-        call.cache = inputs.get("past_key_values")
-        call.labels = inputs.get("labels")
-        call.num_items = inputs.get("num_items_in_batch")
-        return call
+    def _known(self) -> str:
+        attached = str(sorted(self.configs))
+        return attached if self.pool is None else f"{attached} and {len(self.pool)} in the pool"
 
-    def _ungated_state(self, rows: int, names: list | None, device: torch.device) -> RoutingState:
-        """Adapters without a router: every expert on, nothing to find out."""
-        adapters = self.adapters_of(rows if names else 1, names)
-        if len(adapters) == 1:
-            row_of = torch.zeros(rows, dtype=torch.int64, device=device)
-        else:
-            row_of = prompts.rows_of(len(adapters), rows, device)
-        state = RoutingState(self.names, self.paths, adapters, row_of)
-        for block in range(len(self.blocks)):
-            state.block_gates[block] = self._ones(state, block)
-            state.block_probabilities[block] = state.block_gates[block]
-            state.note_active(block)
-        return state
+    def lease_for(self, num_prompts: int | None, names: list | None) -> PoolLease | None:
+        """As `lease`, for the rows of a `generate` call."""
+        if self.pool is None or num_prompts is None or self.local.pinned is not None:
+            return None  # each forward takes its own
+        rows = self.adapters_of(num_prompts, names)
+        return self.lease(tuple(dict.fromkeys(name for name in rows if name is not None)))
 
-    def _ones(self, state: RoutingState, block: int) -> Tensor:
-        gates = torch.zeros(state.num_prompts, len(self.blocks[block].experts))
-        for row, name in enumerate(state.adapters):
-            if name is not None and not self.configs[name].router:
-                gates[row, self.columns[name][block]] = 1.0
-        return gates.to(state.row_of.device)
+    def lease(self, names: tuple[str, ...]) -> PoolLease | None:
+        """What keeps these adapters in the pool while they are read; None for attached ones.
 
-    def _open_encoder_decoder(
-        self, module: nn.Module, inputs: dict[str, Any], x: Tensor | None, names: list | None
-    ) -> Call:
-        encoded = inputs.get("encoder_outputs") if module is self.model else None
-        if self.local.pinned is not None or encoded is not None:
-            rows = _get(encoded, "last_hidden_state", 0).shape[0] if encoded is not None else len(x)
-            device = self.model.device
-            state = self._known_state(inputs.get("past_key_values"), None, rows, device)
-            if state is None:
-                state = getattr(encoded, ROUTE, None)
-                if state is None and self.configs_with_router(names):
-                    raise ValueError(
-                        "milora: encoder_outputs carry no route; call the model's encoder while "
-                        "the adapter is active and pass on its output object"
-                    )
-                if state is not None and state.num_rows != rows:
-                    state = state.with_rows(prompts.rows_of(state.num_prompts, rows, device))
-                if state is None:
-                    state = self._ungated_state(rows, names, device)
-            call = Call(state)
-            call.fresh = not state.complete  # the decoder's blocks route on their first forward
-            call.cache = inputs.get("past_key_values")
-            return call
-        if x is None:
-            raise ValueError("milora: the encoder got neither input_ids nor inputs_embeds")
-        if not self.configs_with_router(names):
-            return Call(self._ungated_state(x.shape[0], names, x.device))
-        source = prompts.Source(
-            rows=x.shape[0],
-            num_columns=x.shape[1],
-            device=x.device,
-            mask=prompts.attended(inputs.get("attention_mask"), *x.shape[:2]),
-            whole=True,
-        )
-        return self._route_anew(source, inputs, names)
+        Raises:
+            ValueError: some are attached and some pooled.
+            milora.PoolError: the pool cannot hold them together.
+        """
+        attached = [name for name in names if name in self.configs]
+        if len(attached) == len(names):
+            return None
+        if attached:
+            raise ValueError(
+                f"adapter_names: {attached} are attached to the model and the others live in its "
+                "pool; one batch reads one of them. Register the attached ones in the pool"
+            )
+        return PoolLease(self.pool, names)
 
     # ---- a block's forward --------------------------------------------------------------------
 
@@ -363,99 +286,7 @@ class Runtime:
                 f"{type(self.model).__name__}, so there is no prompt to route"
             )
         if call.state.block_gates[index] is None:
-            self._route_block(call, index, args, kwargs)
-
-    def _route_block(self, call: Call, index: int, args: tuple, kwargs: dict) -> None:
-        state, block = call.state, self.blocks[index]
-        if block.source is not None:
-            h = state.block_pooled[block.source]
-            if h is None:
-                raise RuntimeError(
-                    f"milora: {block.path} routes on the encoder, which has not run in this call"
-                )
-            starts = torch.arange(h.shape[0], dtype=torch.int32, device=h.device)
-            spans = torch.stack([starts, starts + 1], 1)
-        else:
-            h, spans = self._prompt_hidden(call, index, args, kwargs)
-        modules = getattr(block.module, ROUTER_NAME, {})
-        routed = [name for name in call.adapters if name in modules]
-        if not routed:
-            state.block_gates[index] = state.block_probabilities[index] = self._ones(state, index)
-            state.note_active(index)
-            return
-        router_of = _lookup([routed.index(n) if n in routed else -1 for n in call.adapters], call)
-        probabilities, gates, pooled = route(
-            [modules[name] for name in routed],
-            h,
-            spans,
-            router_of.to(h.device),
-            train_theta=self.train_theta,
-        )
-        if routed != list(call.adapters) or not self._is_full(routed, index):
-            probabilities, gates = (
-                self._scatter(state, index, routed, t) for t in (probabilities, gates)
-            )
-        state.block_probabilities[index] = probabilities
-        state.block_gates[index] = gates
-        if self.is_encoder_decoder:
-            state.block_pooled[index] = pooled
-        state.note_active(index)
-        call.routed_prompts += sum(name in routed for name in state.adapters)
-        call.router_launches += 1
-
-    def _prompt_hidden(
-        self, call: Call, index: int, args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor]:
-        plan = call.plan
-        if plan is None:
-            raise RuntimeError(
-                f"milora: no route for block {self.blocks[index].path}; the prefill that should "
-                "have made it did not finish"
-            )
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, Tensor):
-            raise RuntimeError(
-                f"milora: block {self.blocks[index].path} must get its hidden states as the first "
-                f"positional argument or as hidden_states, got keywords {sorted(kwargs)}"
-            )
-        h = hidden.reshape(-1, hidden.shape[-1])
-        # XLNet's blocks see [T, B, d]: as many tokens, in another order.
-        is_other_order = (
-            plan.segment_of is None and hidden.dim() > 2 and hidden.shape[0] != call.state.num_rows
-        )
-        if h.shape[0] != plan.num_tokens or is_other_order:
-            raise RuntimeError(
-                f"milora: block {self.blocks[index].path} sees tokens {[*hidden.shape[:-1]]} where "
-                f"the model was given {plan.num_tokens} in {call.state.num_rows} rows, so the "
-                "prompt's place is unknown"
-            )
-        return (h if plan.take is None else h[plan.take]), plan.spans.to(h.device)
-
-    def _is_full(self, routed: list[str], index: int) -> bool:
-        everything = list(range(len(self.blocks[index].experts)))
-        return all(self.columns[name][index] == everything for name in routed)
-
-    def _scatter(
-        self, state: RoutingState, index: int, routed: list[str], values: Tensor
-    ) -> Tensor:
-        """Move each row's values to the columns of its adapter; router-less adapters get ones."""
-        width = len(self.blocks[index].experts)
-        table = torch.full((len(state.adapters), values.shape[1]), width, dtype=torch.int64)
-        for row, name in enumerate(state.adapters):
-            if name in routed:
-                columns = self.columns[name][index]
-                table[row, : len(columns)] = torch.tensor(columns)
-        full = values.new_zeros(len(state.adapters), width + 1)
-        full = full.scatter(1, table.to(values.device), values)[:, :width]
-        return full + self._ones(state, index).to(values.device)
-
-
-def _lookup(table: list[int], call: Call) -> Tensor:
-    """`table[adapter]` of each prompt; -1 for the bare model."""
-    if table == list(range(len(call.adapters))):
-        return call.adapter_of
-    values = torch.tensor([*table, -1], dtype=torch.int32, device=call.adapter_of.device)
-    return values[call.adapter_of.long()]
+            route_block(self, call, index, args, kwargs)
 
 
 def _is_continued(cache: Any) -> bool:

@@ -1,0 +1,95 @@
+"""Weights of attached adapters in the packed form that inference reads.
+
+The adapters' parameters stay float32 masters; a pack is a copy of them in the dtype that a module
+computes with. Registered adapters, of which there may be thousands, live in an `AdapterPool`
+instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from milora.packing import expert_runs
+from milora.tables import BlockTables
+
+if TYPE_CHECKING:
+    from milora.runtime import Runtime
+
+
+class Packs:
+    """One pool per block and dtype, with a slot for each adapter that inference has named so far."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.names: list[str] = []
+        self._blocks: dict[tuple[int, torch.dtype], tuple[tuple, BlockTables]] = {}
+
+    def slots(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """The slots of these adapters; a name that is new to inference gets the next one."""
+        for name in names:
+            if name not in self.names:
+                self.names.append(name)
+                self._blocks.clear()
+        return tuple(self.names.index(name) for name in names)
+
+    def dtype(self, block: int, column: int, wanted: torch.dtype) -> torch.dtype:
+        """The dtype in which an expert is kept for a module that computes in `wanted`."""
+        return wanted
+
+    def block(self, index: int, dtype: torch.dtype) -> BlockTables:
+        entry = self._blocks.get((index, dtype))
+        if entry is None:
+            entry = self._blocks[index, dtype] = self._build(index, dtype)
+        return entry[1]
+
+    def clear(self) -> None:
+        """Forget everything: an adapter came or went, or training is about to change weights."""
+        self.names.clear()
+        self._blocks.clear()
+
+    def drop_stale(self) -> None:
+        """Forget packs of weights that have changed; asked for at the start of a prefill."""
+        for key, (versions, _) in list(self._blocks.items()):
+            if versions != self._versions(key[0]):
+                del self._blocks[key]
+
+    def _versions(self, index: int) -> tuple:
+        return tuple(
+            (tensor.data_ptr(), tensor._version)
+            for linear in self.runtime.linears[index]
+            for name in self.names
+            if name in linear.specs
+            for tensor in linear.tensors(name).values()
+        )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _build(self, index: int, dtype: torch.dtype) -> tuple[tuple, BlockTables]:
+        versions = self._versions(index)
+        linears = self.runtime.linears[index]
+        shape = (len(self.names), len(self.runtime.blocks[index].experts))
+        offsets = torch.full((*shape, 4), -1, dtype=torch.int64)
+        ranks = torch.zeros(shape, dtype=torch.int32)
+        scales = torch.zeros(shape, dtype=torch.float32)
+        runs: list[Tensor] = []
+        end = 0
+        for slot, name in enumerate(self.names):
+            for linear in linears:
+                if name not in linear.specs:
+                    continue
+                expert = linear.weights(name)
+                bias = getattr(linear.base_layer, "bias", None)
+                for part, run in enumerate(expert_runs(expert, bias, dtype)):
+                    if run is not None:
+                        offsets[slot, linear.column, part] = end
+                        runs.append(run)
+                        end += run.numel()
+                ranks[slot, linear.column] = expert.a.shape[0]
+                scales[slot, linear.column] = expert.scale
+        device = linears[0].device
+        pool = torch.cat(runs) if runs else torch.empty(0, dtype=torch.uint8, device=device)
+        tables = (table.to(device) for table in (offsets, ranks, scales))
+        return versions, BlockTables(pool, *tables)

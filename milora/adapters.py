@@ -1,43 +1,33 @@
 """Save an adapter, and load it: everything is checked before the model is touched.
 
-The files are `milora.adapter_files`' business; here is what they must hold to fit a model. Every
-problem of a folder is reported at once.
+The files are `milora.adapter_files`' business, what they must hold to fit a model is
+`milora.adapter_validation`'s.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from milora._version import __version__
-from milora.adapter_files import PEFT_TYPE, open_weights, read_config, write_folder
-from milora.attach import attach, delete_adapter, hidden_size, runtime_of, spec_of
-from milora.blocks import Block, find_blocks, linear_shape
+from milora.adapter_files import PEFT_TYPE, write_folder
+from milora.adapter_validation import (
+    OpenAdapter,
+    checksum_problem,
+    expert_key,
+    open_folder,
+    raise_all,
+    router_key,
+    value_problems,
+)
+from milora.attach import attach, delete_adapter, runtime_of, spec_of
+from milora.blocks import linear_shape
 from milora.config import FORMAT_VERSION, MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind
-from milora.router import NUM_COEFFICIENTS
-from milora.runtime import ROUTER_NAME
-
-PREFIX = "base_model.model."
-# PEFT stores these without the trailing ".weight" of every other tensor.
-BARE_TENSORS = ("lora_magnitude_vector",)
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# What a config holds beside `MiLoRAConfig`'s fields: ours, and what PEFT adds when it saves.
-META_KEYS = {"format_version", "milora_version", "experts", "checksums", "sha256"}
-PEFT_KEYS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
 
 
 def save(
@@ -128,29 +118,12 @@ def read_folder(
     Returns: its configuration, and its tensors by their keys (`adapter_parameters`').
     Raises: as `load`.
     """
-    folder = Path(folder)
-    data = read_config(folder)
-    with open_weights(folder, data.get("sha256")) as file:
-        names: dict[str, str] = {}
-        for name in file.keys():  # noqa: SIM118
-            names[name if key_of(name) in names else key_of(name)] = name
-        found = {key: file.get_slice(name) for key, name in names.items()}
-        forms = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in found.items()}
-        config = _config_of(model, data, {key: shape for key, (shape, _) in forms.items()}, folder)
-        try:
-            blocks = find_blocks(model, config)
-        except ValueError as error:
-            raise AdapterError(f"{folder}: {error}") from None
-        problems = _block_problems(config, blocks, data.get("experts"))
-        if not problems:
-            expected = expected_shapes(model, config, blocks)
-            wrong = form_problems(expected, forms)
-            # Only what has the form of this model's tensors is read, so memory stays bounded.
-            tensors = {key: file.get_tensor(names[key]) for key in expected if key not in wrong}
-            problems = [*wrong.values(), *value_problems(tensors)]
+    with open_folder(model, folder) as file:
+        tensors = {key: file.read(key) for key in file.shapes}
+        raise_all(folder, value_problems(tensors.items()))
     # Making frozen factors takes time and memory that a damaged config could make any amount of.
-    raise_all(folder, problems or _checksum_problems(config, blocks, data.get("checksums", {})))
-    return config, tensors
+    raise_all(folder, _checksum_problems(file))
+    return file.config, tensors
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -199,136 +172,21 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
                 found[expert_key(block.path, block.experts[linear.column], name)] = parameter
         router = runtime.routers_of(adapter_name)[index]
         for name, parameter in router.named_parameters() if router is not None else ():
-            found[f"{PREFIX}{block.path}.{ROUTER_NAME}.{name}"] = parameter
+            found[router_key(block.path, name)] = parameter
     return found
 
 
-def key_of(name: str) -> str:
-    """A tensor's key from its name in a file: PEFT before 0.21 writes bare ones with ".weight"."""
-    bare = name.removesuffix(".weight")
-    return bare if bare.endswith(BARE_TENSORS) else name
-
-
-def expert_key(block: str, path: str, tensor: str) -> str:
-    suffix = "" if tensor in BARE_TENSORS else ".weight"
-    return f"{PREFIX}{block}.{path}.{tensor}{suffix}"
-
-
-# ---- validation ---------------------------------------------------------------------------------
-
-
-def expected_shapes(
-    model: nn.Module, config: MiLoRAConfig, blocks: list[Block]
-) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of an adapter of `config` on `model`, which need not carry it."""
-    kind = get_kind(config.expert)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, block in enumerate(blocks):
+def _checksum_problems(file: OpenAdapter) -> list[str]:
+    kind = get_kind(file.config.expert)
+    problems = []
+    for block in file.blocks:
         for path in block.experts:
             shape = linear_shape(block.module.get_submodule(path))
-            spec = spec_of(config, block.path, path, shape)
-            for name, tensor_shape in kind.tensors(spec).items():
-                shapes[expert_key(block.path, path, name)] = tuple(tensor_shape)
-        if config.router and block.experts:
-            d = hidden_size(model, block.module.get_submodule(block.experts[0]))
-            prefix = f"{PREFIX}{block.path}.{ROUTER_NAME}"
-            shapes[f"{prefix}.w_r"] = (len(block.experts), d)
-            if config.pooler == "self_attention" and block.source is None:
-                shapes[f"{prefix}.w_sa"] = (d,)
-            if config.activation_of(index) == "rational":
-                shapes[f"{prefix}.theta"] = (NUM_COEFFICIENTS,)
-    return shapes
-
-
-def form_problems(
-    expected: dict[str, tuple[int, ...]], forms: dict[str, tuple[tuple[int, ...], str]]
-) -> dict[str, str]:
-    """What is wrong with tensors before their values are looked at, by key.
-
-    Args:
-        forms: shape and dtype (safetensors' name of it) of the tensors that were found.
-    """
-    problems = {key: f"missing tensor {key}" for key in expected.keys() - forms.keys()}
-    for key, (shape, dtype) in forms.items():
-        if key not in expected:
-            problems[key] = f"unknown tensor {key}"
-        elif shape != expected[key]:
-            problems[key] = f"{key}: shape must be {list(expected[key])}, got {list(shape)}"
-        elif dtype not in DTYPES:
-            problems[key] = f"{key}: dtype must be one of {', '.join(DTYPES)}, got {dtype}"
+            made = kind.checksum(spec_of(file.config, block.path, path, shape))
+            whole = f"{block.path}.{path}"
+            problems += checksum_problem(whole, made, file.checksums.get(whole))
     return problems
 
-
-def value_problems(tensors: dict[str, Tensor]) -> list[str]:
-    return [f"{key}: holds NaN or Inf" for key, t in tensors.items() if not t.isfinite().all()]
-
-
-def raise_all(where: str | os.PathLike, problems: list[str]) -> None:
-    """Raise an AdapterError that lists the problems, if there are any."""
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise AdapterError(
-            f"{os.fspath(where)}: the adapter does not fit this model ({count}):\n{listed}"
-        )
-
-
-def _block_problems(
-    config: MiLoRAConfig, blocks: list[Block], named: dict[str, list[str]] | None
-) -> list[str]:
-    """What differs between the blocks that the adapter was made for and the model's."""
-    problems = []
-    activation = config.activation
-    if isinstance(activation, list) and len(activation) != len(blocks):
-        problems.append(f"activation lists {len(activation)} blocks, the model has {len(blocks)}")
-    here = {block.path: list(block.experts) for block in blocks}
-    named = here if named is None else named
-    for path in sorted(named.keys() | here.keys()):
-        if named.get(path) != here.get(path):
-            problems.append(
-                f"{path}: its experts are {named.get(path)}, those of this model {here.get(path)}"
-            )
-    return problems
-
-
-def _checksum_problems(
-    config: MiLoRAConfig, blocks: list[Block], checksums: dict[str, str]
-) -> list[str]:
-    problems = []
-    for block in blocks:
-        for path in block.experts:
-            shape = linear_shape(block.module.get_submodule(path))
-            made = get_kind(config.expert).checksum(spec_of(config, block.path, path, shape))
-            said = checksums.get(f"{block.path}.{path}")
-            if made != said:
-                problems.append(
-                    f"{block.path}.{path}: its frozen factors came out with checksum {made}, the "
-                    f"file says {said}"
-                )
-    return problems
-
-
-def _config_of(
-    model: nn.Module, data: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
-) -> MiLoRAConfig:
-    if data["peft_type"] == "LORA":
-        from milora.integrations.peft_lora import config_of_lora
-
-        return config_of_lora(model, data, shapes, folder)
-    known = set(MiLoRAConfig.__dataclass_fields__)
-    problems = [f"missing key {key!r}" for key in sorted(known - data.keys())]
-    unknown = data.keys() - known - META_KEYS - PEFT_KEYS
-    problems += [f"unknown key {key!r}" for key in sorted(unknown)]
-    try:
-        config = MiLoRAConfig(**{key: data[key] for key in known & data.keys()})
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        problems.append(str(error))
-    if problems:
-        raise AdapterError(f"{folder}: its config cannot be used: {'; '.join(problems)}")
-    return config
-
-
-# ---- small things -------------------------------------------------------------------------------
 
 
 @torch.no_grad()

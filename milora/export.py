@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from milora.adapter_files import write_folder
-from milora.adapters import expert_key
+from milora.adapter_validation import expert_key
 from milora.attach import runtime_of
 from milora.experts.dora import row_norm
 from milora.nn import MiLoRALinear

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 import milora
 from milora import MiLoRAConfig
 from milora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, sha256_of
-from milora.adapters import key_of
+from milora.adapter_validation import key_of
 from milora.integrations.peft import PeftMiLoRAConfig
 from milora.nn import MiLoRALinear
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from milora.adapter_files import WEIGHTS_FILE, read_config
-from milora.adapters import PREFIX
+from milora.adapter_validation import PREFIX
 from milora.cli.models import user_errors
 from milora.errors import UserError
 from milora.runtime import ROUTER_NAME

@@ -28,17 +28,15 @@ from torch import Tensor, nn
 
 from milora._version import __version__
 from milora.adapter_files import PEFT_TYPE, WEIGHTS_FILE, read_config, sha256_of, write_config
-from milora.adapters import (
+from milora.adapter_validation import (
     BARE_TENSORS,
     DTYPES,
-    adapter_config,
-    adapter_parameters,
     form_problems,
     key_of,
     raise_all,
-    read_folder,
     value_problems,
 )
+from milora.adapters import adapter_config, adapter_parameters, read_folder
 from milora.attach import attach, delete_adapter, detach, runtime_of
 from milora.config import FORMAT_VERSION, MiLoRAConfig
 from milora.experts import get_kind
@@ -323,7 +321,7 @@ class PeftMiLoRAModel(BaseTuner):
             for key, tensor in state_dict.items()
         }
         problems = [*form_problems(shapes, forms).values()]
-        raise_all(adapter_name, problems + value_problems(state_dict))
+        raise_all(adapter_name, problems + value_problems(state_dict.items()))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # ---- small things -------------------------------------------------------------------------

@@ -1,7 +1,13 @@
 """How the benches measure and write: providers side by side in one run, the minimum of many.
 
-Providers take turns, so that a slow spell of the machine hits all of them; each reports its fastest
-run, which is the one least disturbed. On a GPU a run is timed with events around it.
+Providers take turns in an order that changes every round, so that a slow spell of the machine hits
+all of them and nobody always runs behind the same one. Each reports its fastest run, which is the
+one least disturbed. Times are taken with events on a GPU.
+
+A JSON line holds bench, case, provider, dtype, metric, value, unit, ratio, ratio_to, floor,
+hardware, versions, commit, date, and what else describes the case (isa, threads, rank, batch, ...).
+The `ratio` of a time is provider ÷ `ratio_to`, so lower is better; `floor` is the smallest ratio
+that this machine's memory (or arithmetic) would allow.
 """
 
 from __future__ import annotations
@@ -9,80 +15,133 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
-import subprocess
+import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import machine
 import torch
 
-
-def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
-    parser.add_argument("--json", type=Path, help="append JSON lines to this file")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    return args
+POPULARITIES = ("distinct", "uniform", "zipf", "identical")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SLOW = 8.0  # a provider this many times slower than the fastest is timed twice and then left out
+ZIPF = 1.5  # exponent, as in Punica's mixes
 
 
-def fastest(runs: dict[str, Callable[[], object]], device: str, repeat: int) -> dict[str, float]:
-    """Seconds of each provider's fastest run, interleaved."""
-    best = dict.fromkeys(runs, float("inf"))
+def parser(description: str, cases: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that all benches share."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="smaller and fewer runs")
+    options.add_argument("--case", nargs="+", choices=cases, default=list(cases), metavar="CASE",
+                         help=f"of {', '.join(cases)}")  # fmt: skip
+    options.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines to FILE")
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    options.add_argument("--popularity", nargs="+", choices=POPULARITIES, default=["distinct"],
+                         help="which adapters the rows of a batch ask for")  # fmt: skip
+    options.add_argument("--repeat", type=int, help="rounds, instead of the case's own number")
+    return options
+
+
+def popularity(kind: str, num_rows: int, num_adapters: int, seed: int = 0) -> list[int]:
+    """The adapter of each row: all different, drawn evenly, drawn by Zipf's law, all the same."""
+    draw = random.Random(seed)
+    if kind == "distinct":
+        return [row % num_adapters for row in range(num_rows)]
+    if kind == "identical":
+        return [0] * num_rows
+    weights = [1.0 if kind == "uniform" else (i + 1) ** -ZIPF for i in range(num_adapters)]
+    return draw.choices(range(num_adapters), weights, k=num_rows)
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What to time, and what to put right again after each run, outside of the time."""
+
+    step: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Times:
+    """Seconds of one provider's runs."""
+
+    runs: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return min(self.runs)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+
+def interleaved(
+    runs: dict[str, Run], device: str, repeat: int, seconds: float = float("inf")
+) -> dict[str, Times]:
+    """Time providers in turns, `repeat` rounds or (at least three) until `seconds` have passed."""
+    times = {name: Times() for name in runs}
     for run in runs.values():
-        run()
-    for _ in range(repeat):
-        for name, run in runs.items():
-            best[name] = min(best[name], time_once(run, device))
-    return best
+        time_once(run, device)
+    names = list(runs)
+    begin = time.perf_counter()
+    for number in range(repeat):
+        shift = number % len(names)
+        order = names[shift:] + names[:shift]
+        for name in reversed(order) if number % 2 else order:
+            if number < 2 or times[name].best < SLOW * min(t.best for t in times.values()):
+                times[name].runs.append(time_once(runs[name], device))
+        if number >= 2 and time.perf_counter() - begin > seconds:
+            break
+    return times
 
 
-def time_once(run: Callable[[], object], device: str) -> float:
+def time_once(run: Run, device: str) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        run.step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+        seconds = start.elapsed_time(end) / 1e3
+    else:
+        begin = time.perf_counter()
+        run.step()
+        seconds = time.perf_counter() - begin
+    run.reset()
+    return seconds
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return found.stdout.strip() or "unknown"
+# ---- writing ----------------------------------------------------------------------------------
 
 
 class Report:
     """Prints a line per measurement and appends it to the JSON file."""
 
     def __init__(self, bench: str, args: argparse.Namespace):
-        from milora import __version__, _build
+        from milora import _build
 
-        self.path = args.json
+        torch.set_num_threads(args.threads)
+        self.path: Path | None = args.json
         self.common = {
             "bench": bench,
-            "hardware": hardware(args.device),
-            "versions": {"torch": torch.__version__, "milora": __version__},
+            "hardware": machine.hardware(args.device),
+            "versions": machine.versions(),
             "isa": _build.cpu_isa() if args.device == "cpu" else "cuda",
-            "commit": commit(),
+            "threads": args.threads,
+            "quick": args.quick,
+            "commit": machine.commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -94,12 +153,17 @@ class Report:
         metric: str,
         value: float,
         unit: str,
+        *,
         ratio: float | None = None,
+        ratio_to: str | None = None,
+        floor: float | None = None,
+        **extra: Any,
     ) -> None:
-        """ratio: this provider's value over that of the case's yardstick, where there is one."""
         name = str(dtype).removeprefix("torch.")
-        suffix = "" if ratio is None else f"  ratio {ratio:.3f}"
-        print(f"{case:34} {provider:12} {name:9} {metric:10} {value:10.2f} {unit}{suffix}")
+        text = f"{case:28} {provider:12} {name:9} {metric:16} {value:10.3f} {unit:8}"
+        text += "" if ratio is None else f" ratio {ratio:6.3f} to {ratio_to}"
+        text += "" if floor is None else f", floor {floor:.3f}"
+        print(text.rstrip(), flush=True)
         if self.path is None:
             return
         record = {
@@ -111,6 +175,28 @@ class Report:
             "value": value,
             "unit": unit,
             "ratio": ratio,
+            "ratio_to": ratio_to,
+            "floor": floor,
+            **extra,
         }
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def time(
+        self,
+        case: str,
+        provider: str,
+        dtype: torch.dtype,
+        metric: str,
+        times: dict[str, Times],
+        *,
+        to: str = "base",
+        unit: str = "ms",
+        **extra: Any,
+    ) -> None:
+        """The fastest run of `provider`, with its ratio to the fastest run of `to`."""
+        scale = {"ms": 1e3, "us": 1e6}[unit]
+        mine = times[provider]
+        self.add(case, provider, dtype, metric, mine.best * scale, unit,
+                 ratio=mine.best / times[to].best, ratio_to=to,
+                 median=mine.median * scale, repeats=len(mine.runs), **extra)  # fmt: skip

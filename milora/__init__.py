@@ -26,16 +26,19 @@ from milora.attach import (
     stats,
 )
 from milora.config import MiLoRAConfig
-from milora.errors import AdapterError, UserError
+from milora.errors import AdapterError, PoolError, UserError
 from milora.export import export_route
+from milora.pool import AdapterPool
 from milora.route_cache import held_by as routing_state
 from milora.routing import RoutingState
 from milora.runtime import Stats
 
 __all__ = [
     "AdapterError",
+    "AdapterPool",
     "MiLoRAConfig",
     "ParameterCount",
+    "PoolError",
     "RoutingState",
     "Stats",
     "UserError",

@@ -14,7 +14,7 @@ import torch
 from milora._version import __version__
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libmilora_ops.so"
-_REBUILD = "run `pip install --no-build-isolation .` in milora's source folder"
+REBUILD = "run `pip install --no-build-isolation .` in milora's source folder"
 
 _library: ctypes.CDLL | None = None
 
@@ -29,7 +29,7 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     if _library is not None:
         return _library
     if not path.is_file():
-        raise ImportError(f"milora's compiled library {path} does not exist; {_REBUILD}")
+        raise ImportError(f"milora's compiled library {path} does not exist; {REBUILD}")
     try:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))
@@ -39,12 +39,12 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise ImportError(
             f"milora's compiled library {path} cannot be used with torch {torch.__version__} "
-            f"({error}); {_REBUILD}"
+            f"({error}); {REBUILD}"
         ) from error
     if found != __version__:
         raise ImportError(
             f"milora's compiled library {path} is of version {found}, but the package is "
-            f"{__version__}; {_REBUILD}"
+            f"{__version__}; {REBUILD}"
         )
     library.milora_cpu_isa.restype = ctypes.c_char_p
     library.milora_cpu_isa.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]

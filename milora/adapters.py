@@ -188,7 +188,6 @@ def _checksum_problems(file: OpenAdapter) -> list[str]:
     return problems
 
 
-
 @torch.no_grad()
 def _copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     for key, parameter in parameters.items():

@@ -27,3 +27,7 @@ def suggestion(name: str, known: Iterable[str], limit: int = 3) -> str:
 
 class AdapterError(UserError, ValueError):
     """An adapter's files are damaged, or do not fit the model; the model was not touched."""
+
+
+class PoolError(UserError, RuntimeError):
+    """An adapter pool cannot do what was asked for now: too few bytes or slots, in use, closed."""

@@ -38,17 +38,16 @@ class PromptRouter(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        pooler = "mean" if pooled_input else config.pooler
-        activation = config.activation_of(block)
+        self.codes = router_codes(config, block, num_experts, pooled_input=pooled_input)
         weight = torch.empty(num_experts, d, device=device)
         if weight.device.type != "meta":
             weight = torch.empty(num_experts, d).normal_(0, d**-0.5, generator=generator).to(device)
         self.w_r = nn.Parameter(weight)
-        if pooler == "self_attention":
+        if POOLERS[self.codes[0]] == "self_attention":
             self.w_sa = nn.Parameter(torch.zeros(d, device=device))
         else:
             self.register_parameter("w_sa", None)
-        if activation == "rational":
+        if ACTIVATIONS[self.codes[1]] == "rational":
             theta = torch.tensor(rational.fit(), dtype=torch.float32)
             self.theta = nn.Parameter(
                 theta.to(device)
@@ -57,14 +56,6 @@ class PromptRouter(nn.Module):
             )
         else:
             self.register_parameter("theta", None)
-        self.codes = (
-            POOLERS.index(pooler),
-            ACTIVATIONS.index(activation),
-            ROUTER_NORMS.index(config.router_norm),
-            GATES.index(config.gate),
-            min(config.top_k, num_experts),
-            num_experts,
-        )
 
     def extra_repr(self) -> str:
         pooler, activation, norm, gate, top_k, num_experts = self.codes
@@ -72,6 +63,20 @@ class PromptRouter(nn.Module):
             f"num_experts={num_experts}, top_k={top_k}, pooler={POOLERS[pooler]}, "
             f"activation={ACTIVATIONS[activation]}, norm={ROUTER_NORMS[norm]}, gate={GATES[gate]}"
         )
+
+
+def router_codes(
+    config: MiLoRAConfig, block: int, num_experts: int, *, pooled_input: bool = False
+) -> tuple[int, int, int, int, int, int]:
+    """A router's row of `codes`, as `ops.prompt_router` takes them."""
+    return (
+        POOLERS.index("mean" if pooled_input else config.pooler),
+        ACTIVATIONS.index(config.activation_of(block)),
+        ROUTER_NORMS.index(config.router_norm),
+        GATES.index(config.gate),
+        min(config.top_k, num_experts),
+        num_experts,
+    )
 
 
 def route(

@@ -93,6 +93,7 @@ class ExpertKind(ABC):
     name: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = {}  # the kind's own options
     needs_weight: ClassVar[bool] = False  # init and materialise call weight()
+    has_output: ClassVar[bool] = False  # materialise gives an output vector
 
     @abstractmethod
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ class Dora(Lora):
 
     name = "dora"
     needs_weight = True
+    has_output = True
 
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
         return {**super().tensors(spec), "lora_magnitude_vector": (spec.d_out,)}

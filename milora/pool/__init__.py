@@ -1,0 +1,19 @@
+"""Many registered adapters in fixed memory; `AdapterPool` is what a user calls.
+
+layout     which runs of bytes an adapter of a configuration needs, without its weights
+sources    where weights come from: a folder, or tensors in memory
+packing    a source -> one packed blob in host memory
+host       the blobs, under the host budget
+memory     the pool tensor and the tables that kernels read, under the device budget
+gate       forwards on one side, moving bytes on the other
+residency  which adapters are where: loading, leases, eviction, compaction
+prefetch   loading in the background
+pool       the public face
+"""
+
+from __future__ import annotations
+
+from milora.pool.entry import PoolStats
+from milora.pool.pool import AdapterPool, Lease
+
+__all__ = ["AdapterPool", "Lease", "PoolStats"]

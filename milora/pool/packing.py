@@ -1,0 +1,73 @@
+"""Pack an adapter: its tensors, one expert at a time, into one blob as the layout says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from milora.adapter_validation import checksum_problem, expert_key, router_key, value_problems
+from milora.attach import spec_of
+from milora.config import MiLoRAConfig
+from milora.experts import get_kind
+from milora.packing import expert_runs, padded_rows
+from milora.pool.layout import ROUTER_PARTS, Layout, Layouts
+
+
+@torch.no_grad()
+def pack(
+    layouts: Layouts,
+    layout: Layout,
+    config: MiLoRAConfig,
+    read: Callable[[str], Tensor],
+    checksums: dict[str, str] | None,
+    blob: Tensor,
+) -> list[str]:
+    """Fill `blob` with an adapter whose tensors have the right forms.
+
+    Args:
+        read: gives a tensor by its key in a file.
+        checksums: what the frozen factors of each module must come out as; None: not known.
+        blob: [layout.num_bytes] uint8, zeros, on the CPU.
+    Returns: what is wrong with the values; if anything is, the blob is worthless.
+    """
+    kind = get_kind(config.expert)
+    problems: list[str] = []
+
+    def checked(key: str) -> Tensor:
+        tensor = read(key)
+        problems.extend(value_problems([(key, tensor)]))
+        return tensor.float()  # the master copy of `milora.load`, so that both round the same
+
+    def write(run: int, data: Tensor | None) -> None:
+        if data is not None:
+            blob[layout.starts[run] : layout.starts[run] + data.numel()].copy_(data)
+
+    for place in layout.experts:
+        block, linear = layout.blocks[place.block].path, layouts.linears[place.block][place.path]
+        spec = spec_of(config, block, place.path, (linear.d_in, linear.d_out))
+        tensors = {
+            name: checked(expert_key(block, place.path, name)) for name in kind.tensors(spec)
+        }
+        frozen = kind.frozen(spec)
+        if checksums is not None:
+            whole = f"{block}.{place.path}"
+            made = kind.checksum(spec, frozen)
+            problems += checksum_problem(whole, made, checksums.get(whole))
+        if kind.needs_weight or frozen:  # products, made where attached adapters make theirs
+            tensors, frozen = (
+                {name: tensor.to(linear.device) for name, tensor in group.items()}
+                for group in (tensors, frozen)
+            )
+        weights = kind.materialise(tensors, frozen, spec, linear.dense_weight)
+        bias = getattr(linear.base_layer, "bias", None)
+        dtype = layouts.dtypes[place.block][place.column]
+        for run, data in zip(place.runs, expert_runs(weights, bias, dtype), strict=True):
+            write(run, data)
+    for place in layout.routers:
+        block = layout.blocks[place.block].path
+        for run, part in zip(place.runs, ROUTER_PARTS, strict=True):
+            if run >= 0:
+                write(run, padded_rows(checked(router_key(block, part))))
+    return problems

@@ -14,8 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 KERNELS = {
     "grouped_lora_ (decode, prefill)": ("grouped_lora", ("decode", "prefill")),
     "grouped_lora, forward and backward (training)": ("grouped_lora", ("train",)),
-    "prompt_router, forward": ("prompt_router", ("forward", "route", "prompt")),
-    "prompt_router, backward": ("prompt_router", ("backward", "train")),
+    "prompt_router, forward": ("prompt_router", ("forward", "pool")),
+    "prompt_router, backward": ("prompt_router", ("backward",)),
 }
 HEAD = """# CUDA kernels
 
@@ -55,12 +55,14 @@ def table(records: list[dict]) -> str:
     for record in sorted(records, key=lambda r: r["date"]):
         key = tuple(record[k] for k in ("bench", "case", "dtype", "provider", "metric"))
         newest[key] = record
-    text = "\n| bench | case | dtype | provider | metric | value | ratio | on |\n"
-    text += "|---|---|---|---|---|---|---|---|\n"
+    text = "\n| bench | case | dtype | provider | metric | value | ratio | floor | on |\n"
+    text += "|---|---|---|---|---|---|---|---|---|\n"
     for key, record in sorted(newest.items()):
-        ratio = "" if record["ratio"] is None else f"{record['ratio']:.3f}"
-        value = f"{record['value']:.4g} {record['unit']}"
-        text += f"| {' | '.join((*key[:4], key[4]))} | {value} | {ratio} | {record['hardware']} |\n"
+        ratio, floor = (record.get(name) for name in ("ratio", "floor"))
+        shown = "" if ratio is None else f"{ratio:.3f} to {record.get('ratio_to', 'base')}"
+        cells = [*key, f"{record['value']:.4g} {record['unit']}", shown]
+        cells += ["" if floor is None else f"{floor:.3f}", record["hardware"]]
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 

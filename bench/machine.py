@@ -52,6 +52,13 @@ def l3_bytes() -> int:
     return int(text[:-1]) << 10 if text.endswith("K") else DEFAULT_L3
 
 
+def cache_bytes(device: str) -> int:
+    """Of the last cache level in front of memory."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    return l3_bytes()
+
+
 def read_bandwidth(device: str, rounds: int = 8) -> float:
     """Bytes a second of reading memory that no cache holds, with the threads now in use.
 

@@ -1,0 +1,116 @@
+"""Adapter folders for the pool's tests, and reading resident adapters back through the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny_models import build, randomize
+from torch import Tensor
+
+import milora
+from milora import AdapterPool, MiLoRAConfig
+from milora.packing import row_bytes
+from milora.reference import read_pool
+
+MINI = {"expert": "lora_mini", "expert_options": {"inner_in": 6, "inner_out": 5}}
+KINDS = {
+    "lora": {},
+    "dora": {"expert": "dora"},
+    "lora_mini": MINI,
+    "no_router": {"router": False, "alpha": 12.0},
+    "bare_router": {"pooler": "mean", "activation": ["relu", "gelu"], "gate": "hard", "top_k": 2},
+    "partial": {
+        "target_modules": ["q_proj", "o_proj", "up_proj"],
+        "rank_pattern": {"q_proj": 2, "mlp.up_proj": 5},
+        "rslora": True,
+        "router_norm": "rms",
+    },
+}
+
+
+def save_adapter(folder: Path, options: dict, *, rank: int = 4, seed: int = 1, family="llama"):
+    """A random adapter in `folder`, made on a model of its own. Returns: that model."""
+    model = build(family)
+    milora.attach(model, MiLoRAConfig(**{"rank": rank, "seed": seed, **options}))
+    milora.save(randomize(model, seed=seed), folder)
+    return model
+
+
+def new_pool(model, **options) -> AdapterPool:
+    """A small pool: 1 MiB, 4 slots."""
+    return AdapterPool(
+        model, **{"device_bytes": 1 << 20, "host_bytes": 1 << 20, "max_resident": 4, **options}
+    )
+
+
+def pool_of(model, num_bytes: int, *, max_resident: int = 4, **options) -> AdapterPool:
+    """A pool with `num_bytes` for adapters, beside its tables."""
+    with new_pool(model, max_resident=max_resident) as probe:
+        overhead = probe.statistics().device_bytes - probe.statistics().device_free
+    return new_pool(model, device_bytes=num_bytes + overhead, max_resident=max_resident, **options)
+
+
+def expert_runs(pool: AdapterPool, name: str) -> dict[tuple[int, int], tuple]:
+    """By block and column: A, B, scale and u, v (None where absent), as the tables show them."""
+    runtime = pool._runtime
+    slot = pool.entry(name).slot
+    found = {}
+    for index, tables in enumerate(pool.tables):
+        linears = {linear.column: linear for linear in runtime.linears[index]}
+        for column, linear in linears.items():
+            rank = int(tables.ranks[slot, column])
+            at_a, at_b, at_u, at_v = tables.offsets[slot, column].tolist()
+            if rank == 0:
+                assert (at_a, at_b, at_u, at_v) == (-1,) * 4
+                continue
+            dtype = pool.dtypes[index][column]
+            a = read_pool(tables.pool, at_a, rank, linear.d_in, dtype)
+            bt = read_pool(tables.pool, at_b, rank, linear.d_out, dtype)
+            assert at_a % 64 == at_b % 64 == 0
+            u, v = (
+                None if at < 0 else read_pool(tables.pool, at, 1, linear.d_out, torch.float32)[0]
+                for at in (at_u, at_v)
+            )
+            found[index, column] = (a, bt.T, float(tables.scales[slot, column]), u, v)
+    return found
+
+
+def router_runs(pool: AdapterPool, name: str) -> list[dict[str, Tensor] | None]:
+    """Per block: the router's parameters and codes, None where the adapter has none."""
+    slot = pool.entry(name).slot
+    found: list[dict[str, Tensor] | None] = []
+    for tables in pool.tables:
+        offsets = tables.router_offsets[slot].tolist()
+        if offsets == [-1, -1, -1]:
+            found.append(None)
+            continue
+        codes = tables.router_codes[slot]
+        shapes = {"w_sa": (1, 32), "w_r": (int(codes[5]), 32), "theta": (1, 12)}
+        parameters = {
+            part: read_pool(tables.pool, at, *shapes[part], torch.float32)
+            for (part, at) in zip(shapes, offsets, strict=True)
+            if at >= 0
+        }
+        found.append({**parameters, "codes": codes})
+    return found
+
+
+def resident_bytes(pool: AdapterPool, name: str) -> bytes:
+    """All bytes of a resident adapter's runs, in the layout's order."""
+    entry = pool.entry(name)
+    memory = pool.tables[0].pool
+    return b"".join(
+        memory[offset : offset + size].numpy().tobytes()
+        for offset, size in zip(entry.offsets, entry.layout.sizes, strict=True)
+    )
+
+
+def lora_bytes(rank: int, *, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of a tiny Llama's router-less LoRA adapter, computed apart from the product."""
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    total = 0
+    for d_in, d_out in shapes:
+        for d in (d_in, d_out):
+            total += -(-rank * row_bytes(d, dtype) // 64) * 64
+    return 2 * total

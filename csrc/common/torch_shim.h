@@ -104,18 +104,30 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
   check(tensor.is_contiguous(), op, name, " must be contiguous, got strides that are not");
 }
 
+inline int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+// Calls body() on `threads` threads at once; bodies share out the work among themselves.
+template <class Body>
+inline void run_on_threads(int64_t threads, const Body& body) {
+  if (threads <= 1) {
+    body();
+    return;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(); });
+}
+
 // Runs task(i) for i in [0, count), each on some thread; `parallel` false keeps to this one. Tasks
 // are handed out one by one, since adapters differ in rank and rows: a static split would wait for
 // the slowest.
 template <class Task>
 inline void run_tasks(int64_t count, bool parallel, const Task& task) {
-  const int64_t threads = parallel ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
+  const int64_t threads = parallel ? std::min<int64_t>(count, num_threads()) : 1;
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  run_on_threads(threads, [&] {
     for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
          i = next.fetch_add(1, std::memory_order_relaxed)) {
       task(i);

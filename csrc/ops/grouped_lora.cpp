@@ -4,6 +4,7 @@
 #include "common/cuda_runtime.h"
 #include "kernels/grouped_lora/cpu.h"
 #include "kernels/grouped_lora/cuda.h"
+#include "kernels/grouped_lora/tasks.h"
 #include "ops/ops.h"
 
 namespace milora {
@@ -88,6 +89,7 @@ void make_plan(const char* op, const LoraWeights* adapters, int64_t num_adapters
     job.a = weights.a;
     job.a_stride = d_in;
     job.bt_stride = d_out;
+    job.d_out = d_out;
     job.scale = weights.scale;
     job.rank = weights.rank;
     job.adapter = group.adapter;
@@ -154,13 +156,10 @@ void run_cpu(const char* op, const GroupedLoraParams& p) {
             p.num_tokens, p.d_in, p.d_out, p.dtype, &plan);
   copy_idle_rows(p, plan.schedule);
   transpose_weights(plan, p.adapters, p.dtype, p.d_out);
-  cut_units(&p.d_out, p.d_in, &plan.schedule);
   std::vector<float> hidden(plan.schedule.hidden_size);
 
   LoraWork work{};
   work.jobs = plan.schedule.jobs.data();
-  work.shrink_units = plan.schedule.shrink_units.data();
-  work.expand_units = plan.schedule.expand_units.data();
   work.rows = plan.schedule.rows.data();
   work.row_gates = plan.schedule.row_gates.data();
   work.hidden = hidden.data();
@@ -173,12 +172,9 @@ void run_cpu(const char* op, const GroupedLoraParams& p) {
   work.out_stride[0] = p.d_out;
   work.dtype = p.dtype;
 
-  const GroupedLoraCpu& kernels = grouped_lora_cpu();
-  const bool parallel = plan.work > kParallelWork;
-  run_tasks(static_cast<int64_t>(plan.schedule.shrink_units.size()), parallel,
-            [&](int64_t i) { kernels.shrink(work, i, i + 1); });
-  run_tasks(static_cast<int64_t>(plan.schedule.expand_units.size()), parallel,
-            [&](int64_t i) { kernels.expand(work, i, i + 1); });
+  LoraTasks tasks;
+  const int64_t threads = tasks.cut(plan.schedule, p.d_in, p.dtype, num_threads());
+  run_on_threads(threads, [&] { tasks.run(work); });
 }
 
 void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {

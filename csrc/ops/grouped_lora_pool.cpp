@@ -2,14 +2,13 @@
 #include "common/cuda_runtime.h"
 #include "kernels/grouped_lora/cpu.h"
 #include "kernels/grouped_lora/cuda.h"
+#include "kernels/grouped_lora/tasks.h"
 #include "ops/ops.h"
 
 namespace milora {
 namespace {
 
 constexpr const char* kOp = "grouped_lora_";
-// Waking the other threads costs a few microseconds: as long as reading this many bytes alone.
-constexpr int64_t kParallelBytes = 128 * 1024;
 
 void check_tables(const GroupedLoraPoolParams& p, const Tensor& x, const Tensor& pool,
                   const Tensor& offsets, const Tensor& ranks, const Tensor& scales,
@@ -40,18 +39,22 @@ void check_tables(const GroupedLoraPoolParams& p, const Tensor& x, const Tensor&
         "pool must start on 16 bytes, got an address that does not");
 }
 
+struct Scratch {
+  LoraSchedule plan;
+  LoraTasks tasks;
+  std::vector<float> hidden;
+};
+
 void run_cpu(const GroupedLoraPoolParams& params) {
-  // Kept between calls: a decode step makes hundreds of them.
-  static thread_local LoraSchedule plan;
-  static thread_local std::vector<float> hidden;
+  // Kept between calls: a decode step makes hundreds of them, and then none allocates.
+  static thread_local Scratch kept;
+  auto& [plan, tasks, hidden] = kept;
   schedule(params, &plan);
   if (plan.jobs.empty()) return;
   if (static_cast<int64_t>(hidden.size()) < plan.hidden_size) hidden.resize(plan.hidden_size);
 
   LoraWork work{};
   work.jobs = plan.jobs.data();
-  work.shrink_units = plan.shrink_units.data();
-  work.expand_units = plan.expand_units.data();
   work.rows = plan.rows.data();
   work.row_gates = plan.row_gates.data();
   work.hidden = hidden.data();
@@ -64,12 +67,9 @@ void run_cpu(const GroupedLoraPoolParams& params) {
   }
   work.dtype = params.dtype;
 
-  const GroupedLoraCpu& kernels = grouped_lora_cpu();
-  const bool parallel = plan.bytes > kParallelBytes;
-  run_tasks(static_cast<int64_t>(plan.shrink_units.size()), parallel,
-            [&](int64_t i) { kernels.shrink(work, i, i + 1); });
-  run_tasks(static_cast<int64_t>(plan.expand_units.size()), parallel,
-            [&](int64_t i) { kernels.expand(work, i, i + 1); });
+  const int64_t threads = tasks.cut(plan, work.d_in, work.dtype, num_threads());
+  // By reference: in the other threads the name `kept` would mean theirs.
+  run_on_threads(threads, [&work, shared = &tasks] { shared->run(work); });
 }
 
 }  // namespace

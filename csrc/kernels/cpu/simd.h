@@ -30,7 +30,30 @@ inline Vec set1(float value) { return _mm512_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+// Lanes 8 apart, then 4, 2, 1: the tree that sum_block follows too.
+inline float sum(Vec a) {
+  const __m512 halves = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xee));
+  const __m128 s = _mm_add_ps(_mm512_castps512_ps128(halves), _mm512_extractf32x4_ps(halves, 1));
+  const __m128 t = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+// Sums of 16 vectors at a third of the instructions: vector m + 4 n goes to lane 4 m + n.
+inline Vec sum_block(const Vec (&a)[16]) {
+  Vec b[8], c[4], d[2];
+  for (int i = 0; i < 8; ++i) {
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44),
+                         _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xee));
+  }
+  for (int i = 0; i < 4; ++i) {
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  }
+  for (int i = 0; i < 2; ++i) {
+    d[i] = _mm512_add_ps(_mm512_shuffle_ps(c[2 * i], c[2 * i + 1], 0x44),
+                         _mm512_shuffle_ps(c[2 * i], c[2 * i + 1], 0xee));
+  }
+  return _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
+}
 // The larger of each pair, NaN if either is (as torch.amax).
 inline Vec max_or_nan(Vec a, Vec b) {
   const __mmask16 take =
@@ -95,6 +118,19 @@ inline float sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// Sums of 8 vectors in the same order as sum: vector m + 2 n goes to lane 4 m + n.
+inline Vec sum_block(const Vec (&a)[8]) {
+  Vec b[4], c[2];
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_add_ps(_mm256_permute2f128_ps(a[2 * i], a[2 * i + 1], 0x20),
+                         _mm256_permute2f128_ps(a[2 * i], a[2 * i + 1], 0x31));
+  }
+  for (int i = 0; i < 2; ++i) {
+    c[i] = _mm256_add_ps(_mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
+                         _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(c[0], c[1], 0x88), _mm256_shuffle_ps(c[0], c[1], 0xdd));
 }
 inline Vec max_or_nan(Vec a, Vec b) {
   const Vec take = _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_GT_OQ), _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
@@ -213,6 +249,10 @@ inline void store_first(T* p, Vec a, int n) {
 }
 
 #endif
+
+// Into the second-level cache: from there a kernel may read rows in whatever order it likes, while
+// memory sees one ascending run, which it serves twice as fast as eight interleaved ones.
+inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // n in [1, kLanes].
 template <class T>

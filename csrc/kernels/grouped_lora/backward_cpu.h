@@ -10,7 +10,7 @@
 // of threads and needs no atomics.
 #pragma once
 
-#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/axpy.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/grouped_lora/cpu.h"
 #include "kernels/grouped_lora/forward_cpu.h"
@@ -26,8 +26,8 @@ void backward_rows_unit(const LoraBackwardWork& work, const LoraUnit& unit) {
   const int64_t n = unit.row_end - unit.row_begin;
   const int64_t first_row = job.row_begin + unit.row_begin;
   const int64_t at = job.hidden_begin + unit.row_begin * job.rank;
-  const T* dy_rows[kRowPointers];
-  const T* x_rows[kRowPointers];
+  const T* dy_rows[kUnitRows];
+  const T* x_rows[kUnitRows];
   for (int64_t i = 0; i < n; ++i) {
     const int64_t token = work.rows[first_row + i];
     dy_rows[i] = static_cast<const T*>(work.dy) + token * work.dy_stride;
@@ -64,12 +64,15 @@ void backward_dx_unit(const LoraBackwardWork& work, const LoraUnit& unit) {
   alignas(64) float strip[kMaxRank * kStrip];
   for (int64_t c0 = unit.begin; c0 < unit.end; c0 += kStrip) {
     const int64_t cols = unit.end - c0 < kStrip ? unit.end - c0 : kStrip;
-    pack_strip<T>([&](int64_t k) { return a + k * job.a_stride + c0; }, job.rank, cols, strip);
-    axpy_strip(coef, job.rank, 1, job.rank, strip, unit.row_end - unit.row_begin, cols,
-               [&](int64_t i, int64_t c, Vec acc, int64_t n) {
-                 const int64_t token = work.rows[job.row_begin + unit.row_begin + i];
-                 store_upto(dx + token * work.d_in + c0 + c, acc, n);
-               });
+    pack_strip<FmaStep<T>, T>([&](int64_t k) { return a + k * job.a_stride + c0; }, job.rank, cols,
+                              strip);
+    axpy_strip<FmaStep<T>>(
+        coef, job.rank, 1, job.rank, strip, unit.row_end - unit.row_begin, cols,
+        [&](int64_t i, int64_t c, Vec acc, int64_t n) {
+          const int64_t token = work.rows[job.row_begin + unit.row_begin + i];
+          store_upto(dx + token * work.d_in + c0 + c, acc, n);
+        },
+        [](int64_t) {});
   }
 }
 
@@ -81,16 +84,18 @@ void reduce_rows(const LoraBackwardWork& work, const LoraJob& job, const float* 
   for (int64_t i = 0; i < job.rank * kStrip; ++i) sums[i] = 0;
   for (int64_t t0 = 0; t0 < job.num_rows; t0 += kReduceRows) {
     const int64_t n = job.num_rows - t0 < kReduceRows ? job.num_rows - t0 : kReduceRows;
-    pack_strip<T>(
+    pack_strip<FmaStep<T>, T>(
         [&](int64_t t) {
           return static_cast<const T*>(data) + work.rows[job.row_begin + t0 + t] * stride + c0;
         },
         n, cols, strip);
-    axpy_strip(coef + t0 * job.rank, 1, job.rank, n, strip, job.rank, cols,
-               [&](int64_t k, int64_t c, Vec acc, int64_t) {
-                 float* sum_at = sums + k * kStrip + c;
-                 store(sum_at, add(load(sum_at), acc));
-               });
+    axpy_strip<FmaStep<T>>(
+        coef + t0 * job.rank, 1, job.rank, n, strip, job.rank, cols,
+        [&](int64_t k, int64_t c, Vec acc, int64_t) {
+          float* sum_at = sums + k * kStrip + c;
+          store(sum_at, add(load(sum_at), acc));
+        },
+        [](int64_t) {});
   }
 }
 

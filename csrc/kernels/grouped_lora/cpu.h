@@ -1,11 +1,10 @@
 // The CPU kernels of grouped_lora_, grouped_lora and its backward.
 //
-//   shrink   h = A x            units of (job, rows, ranks)
-//   expand   y += g (s B h + u y + v)   units of (job, rows, columns), after every shrink unit
+//   shrink   h = A x                    a unit of rows and ranks
+//   expand   y += g (s B h + u y + v)   a unit of rows and columns, after the shrink of those rows
 //
-// Each takes a range [begin, end) of units; the op runs the ranges in parallel. All tables here
-// are plain pointers, since these files are compiled once per instruction set and must not emit
-// shared template code.
+// tasks.h says which thread runs which unit when. All tables here are plain pointers, since these
+// files are compiled once per instruction set and must not emit shared template code.
 #pragma once
 
 #include "kernels/cpu/isa.h"
@@ -15,8 +14,6 @@ namespace milora {
 
 struct LoraWork {
   const LoraJob* jobs;
-  const LoraUnit* shrink_units;
-  const LoraUnit* expand_units;
   const int32_t* rows;     // token of each row
   const float* row_gates;  // gate of each row
   float* hidden;           // A x, per job [num_rows, rank]
@@ -49,8 +46,8 @@ struct LoraBackwardWork {
 };
 
 struct GroupedLoraCpu {
-  void (*shrink)(const LoraWork& work, int64_t begin, int64_t end);
-  void (*expand)(const LoraWork& work, int64_t begin, int64_t end);
+  void (*shrink)(const LoraWork& work, const LoraUnit& unit);
+  void (*expand)(const LoraWork& work, const LoraUnit& unit);
   // b [d_out, rank] -> bt [rank, d_out], columns [begin, end)
   void (*transpose_b)(const void* b, Dtype dtype, int64_t rank, int64_t d_out, int64_t begin,
                       int64_t end, void* bt);

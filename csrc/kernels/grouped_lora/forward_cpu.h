@@ -1,30 +1,32 @@
 // Forward of the grouped low-rank update on a CPU:  y_t += g (s B (A x_t) + u y_t + v)   [eq. 1]
 //
-// Data flow: shrink reads a job's A once per 32 rows and writes h = A x to float32 scratch
-// (num_rows x rank, a few KB: it stays in cache); expand reads Bt once per 96 rows and touches
-// each y element once. With one row per adapter (decode) the work is 2 rank (d_in + d_out)
-// multiply-adds on rank (d_in + d_out) weights: bound by reading A and B, so both are read in
-// their own dtype along contiguous runs. With many rows (prefill, training) Bt is repacked 64
-// columns at a time as float32 in L1 and reused.
+// Data flow: shrink reads a job's A and writes h = A x to float32 scratch (rows x rank, a few KB:
+// it stays in cache); expand reads Bt and touches each y element once.
+//
+// Few rows (decode): 2 rank (d_in + d_out) multiply-adds on as many weights, so time is bytes of A
+// and Bt over the bandwidth of memory. Both are walked eight rows at a time with the next eight
+// prefetched in ascending order; with column blocks instead memory gives half of that.
+// Many rows (prefill, training): bound by arithmetic. x goes through A in panels of 4 rows, Bt is
+// repacked 64 columns at a time in L1, and 6 rows of y are updated from it at once.
 //
 // Order of summation per output: lanes over d_in, then a fixed tree; then ranks in order. It does
-// not depend on the rows beside it.
+// not depend on the rows beside it. Where the CPU multiplies bf16 pairs, h is rounded to bf16 for
+// every number of rows alike.
 #pragma once
 
-#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/axpy.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/grouped_lora/cpu.h"
 
 namespace milora::MILORA_ISA {
 namespace {
 
-constexpr int64_t kPackRows = 12;     // below this packing Bt costs more than it saves
-constexpr int64_t kRowPointers = 32;  // rows of a shrink unit at most (schedule.cpp)
+constexpr int64_t kPackRows = 12;  // below this packing Bt costs more than it saves
 
 template <class T>
 void shrink_unit(const LoraWork& work, const LoraUnit& unit) {
   const LoraJob& job = work.jobs[unit.job];
-  const T* x_rows[kRowPointers];
+  const T* x_rows[kUnitRows];
   const int64_t n = unit.row_end - unit.row_begin;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t token = work.rows[job.row_begin + unit.row_begin + i];
@@ -35,55 +37,100 @@ void shrink_unit(const LoraWork& work, const LoraUnit& unit) {
            work.hidden + job.hidden_begin + unit.row_begin * job.rank + unit.begin, job.rank);
 }
 
+// `coef` [rows, steps] for the columns [unit.begin, unit.end) of Bt; update(row, column, h B, n).
+template <class T, class Step, class Update>
+void expand_few(const LoraJob& job, const LoraUnit& unit, const float* coef, int64_t coef_row,
+                const Update& update) {
+  const T* bt = static_cast<const T*>(job.bt) + unit.begin;
+  const int64_t num_rows = unit.row_end - unit.row_begin;
+  const auto rows = [&](auto count, int64_t m) {
+    axpy_stream<decltype(count)::value, Step>(
+        coef + m * coef_row, coef_row, job.rank, bt, job.bt_stride, unit.end - unit.begin,
+        [&](int64_t i, int64_t c, Vec acc, int64_t n) { update(m + i, unit.begin + c, acc, n); });
+  };
+  int64_t m = 0;
+  for (; m + 4 <= num_rows; m += 4) rows(std::integral_constant<int, 4>(), m);
+  if (m + 2 <= num_rows) {
+    rows(std::integral_constant<int, 2>(), m);
+    m += 2;
+  }
+  if (m < num_rows) rows(std::integral_constant<int, 1>(), m);
+}
+
+template <class T, class Step, class Update, class Ahead>
+void expand_many(const LoraJob& job, const LoraUnit& unit, const float* coef, int64_t coef_row,
+                 const Update& update, const Ahead& ahead) {
+  const T* bt = static_cast<const T*>(job.bt);
+  const int64_t num_rows = unit.row_end - unit.row_begin;
+  alignas(64) float strip[kMaxRank / Step::kDepth * kStrip];
+  for (int64_t c0 = unit.begin; c0 < unit.end; c0 += kStrip) {
+    const int64_t cols = unit.end - c0 < kStrip ? unit.end - c0 : kStrip;
+    pack_strip<Step, T>([&](int64_t k) { return bt + k * job.bt_stride + c0; }, job.rank, cols,
+                        strip);
+    axpy_strip<Step>(
+        coef, coef_row, 1, num_steps<Step>(job.rank), strip, num_rows, cols,
+        [&](int64_t i, int64_t c, Vec acc, int64_t n) { update(i, c0 + c, acc, n); },
+        [&](int64_t i) { ahead(i, c0); });
+  }
+}
+
 template <class T>
 void expand_unit(const LoraWork& work, const LoraUnit& unit) {
+  using Step = LoraStep<T>;
   const LoraJob& job = work.jobs[unit.job];
   const T* y = static_cast<const T*>(work.y[job.slice]);
   T* out = static_cast<T*>(work.out[job.slice]);
-  const float* hidden = work.hidden + job.hidden_begin + unit.row_begin * job.rank;
-  const int64_t first_row = job.row_begin + unit.row_begin;
+  const int64_t y_stride = work.y_stride[job.slice], out_stride = work.out_stride[job.slice];
+  const int64_t num_rows = unit.row_end - unit.row_begin;
+  const int32_t* tokens = work.rows + job.row_begin + unit.row_begin;
+  const float* gates = work.row_gates + job.row_begin + unit.row_begin;
   const Vec scale = set1(job.scale);
+
+  const float* coef = work.hidden + job.hidden_begin + unit.row_begin * job.rank;
+  int64_t coef_row = job.rank;
+  alignas(64) float packed[Step::kDepth == 1 ? 1 : kUnitRows * kMaxRank / 2];
+  if constexpr (Step::kDepth != 1) {
+    const int64_t steps = num_steps<Step>(job.rank);
+    pack_coefs<Step>(coef, job.rank, 1, num_rows, job.rank, packed, steps, 1);
+    coef = packed;
+    coef_row = steps;
+  }
 
   // One rounding to T, at the very end.
   const auto update = [&](int64_t row, int64_t c, Vec low_rank, int64_t n) {
-    const int64_t token = work.rows[first_row + row];
-    const Vec base = load_upto(y + token * work.y_stride[job.slice] + c, n);
+    const int64_t token = tokens[row];
+    const Vec base = load_upto(y + token * y_stride + c, n);
     Vec delta = mul(scale, low_rank);
     if (job.u != nullptr) delta = fma(load_upto(job.u + c, n), base, delta);
     if (job.v != nullptr) delta = add(delta, load_upto(job.v + c, n));
-    store_upto(out + token * work.out_stride[job.slice] + c,
-               fma(set1(work.row_gates[first_row + row]), delta, base), n);
+    store_upto(out + token * out_stride + c, fma(set1(gates[row]), delta, base), n);
   };
-
-  const T* bt = static_cast<const T*>(job.bt);
-  const int64_t num_rows = unit.row_end - unit.row_begin;
   if (num_rows < kPackRows) {
-    for (int64_t i = 0; i < num_rows; ++i) {
-      axpy_row(hidden + i * job.rank, 1, job.rank, bt + unit.begin, job.bt_stride,
-               unit.end - unit.begin,
-               [&](int64_t c, Vec acc, int64_t n) { update(i, unit.begin + c, acc, n); });
-    }
+    expand_few<T, Step>(job, unit, coef, coef_row, update);
     return;
   }
-  alignas(64) float strip[kMaxRank * kStrip];
-  for (int64_t c0 = unit.begin; c0 < unit.end; c0 += kStrip) {
-    const int64_t cols = unit.end - c0 < kStrip ? unit.end - c0 : kStrip;
-    pack_strip<T>([&](int64_t k) { return bt + k * job.bt_stride + c0; }, job.rank, cols, strip);
-    axpy_strip(hidden, job.rank, 1, job.rank, strip, num_rows, cols,
-               [&](int64_t i, int64_t c, Vec acc, int64_t n) { update(i, c0 + c, acc, n); });
-  }
+  // The pieces of y that come next: too short and too far apart for the CPU to foresee.
+  const auto ahead = [&](int64_t row, int64_t c) {
+    if (row >= num_rows) {
+      row = 0;
+      c += kStrip;
+    }
+    for (int64_t i = row; i < row + kAxpyRows && i < num_rows; ++i) {
+      const char* at = reinterpret_cast<const char*>(y + tokens[i] * y_stride + c);
+      for (int64_t b = 0; b < kStrip * static_cast<int64_t>(sizeof(T)); b += kLine) {
+        __builtin_prefetch(at + b, 0, 3);
+      }
+    }
+  };
+  expand_many<T, Step>(job, unit, coef, coef_row, update, ahead);
 }
 
-void shrink(const LoraWork& work, int64_t begin, int64_t end) {
-  MILORA_DISPATCH_DTYPE(work.dtype, T, {
-    for (int64_t i = begin; i < end; ++i) shrink_unit<T>(work, work.shrink_units[i]);
-  })
+void shrink(const LoraWork& work, const LoraUnit& unit) {
+  MILORA_DISPATCH_DTYPE(work.dtype, T, { shrink_unit<T>(work, unit); })
 }
 
-void expand(const LoraWork& work, int64_t begin, int64_t end) {
-  MILORA_DISPATCH_DTYPE(work.dtype, T, {
-    for (int64_t i = begin; i < end; ++i) expand_unit<T>(work, work.expand_units[i]);
-  })
+void expand(const LoraWork& work, const LoraUnit& unit) {
+  MILORA_DISPATCH_DTYPE(work.dtype, T, { expand_unit<T>(work, unit); })
 }
 
 void transpose_b(const void* b, Dtype dtype, int64_t rank, int64_t d_out, int64_t begin,

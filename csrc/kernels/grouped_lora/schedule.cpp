@@ -14,23 +14,6 @@ struct Run {
   int32_t begin, end;
 };
 
-// Rows in a unit: enough to reuse weights from cache, few enough to share the work.
-constexpr int64_t kShrinkRows = 32;
-constexpr int64_t kShrinkRanks = 16;
-constexpr int64_t kExpandRows = 96;
-constexpr int64_t kExpandCols = 256;
-
-void cut(std::vector<LoraUnit>* units, int32_t job, int64_t rows, int64_t row_step, int64_t extent,
-         int64_t step) {
-  for (int64_t r = 0; r < rows; r += row_step) {
-    const auto row_end = static_cast<int32_t>(std::min(r + row_step, rows));
-    for (int64_t c = 0; c < extent; c += step) {
-      units->push_back({job, static_cast<int32_t>(r), row_end, static_cast<int32_t>(c),
-                        static_cast<int32_t>(std::min(c + step, extent))});
-    }
-  }
-}
-
 const uint8_t* resolve(const GroupedLoraPoolParams& params, const char* what, int32_t adapter,
                        int32_t expert, int64_t offset, int64_t bytes) {
   check(offset >= 0 && offset % 16 == 0 && bytes <= params.pool_bytes &&
@@ -47,10 +30,7 @@ void LoraSchedule::clear() {
   jobs.clear();
   rows.clear();
   row_gates.clear();
-  shrink_units.clear();
-  expand_units.clear();
   hidden_size = 0;
-  bytes = 0;
 }
 
 void group_tokens(const char* op, const int32_t* route_of, const int32_t* adapter_of,
@@ -71,8 +51,10 @@ void group_tokens(const char* op, const int32_t* route_of, const int32_t* adapte
     }
     begin = end;
   }
-  std::stable_sort(runs.begin(), runs.end(),
-                   [](const Run& a, const Run& b) { return a.adapter < b.adapter; });
+  // Not std::stable_sort, which allocates.
+  std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) {
+    return a.adapter != b.adapter ? a.adapter < b.adapter : a.begin < b.begin;
+  });
   out->groups.clear();
   out->tokens.clear();
   for (const Run& run : runs) {
@@ -102,8 +84,7 @@ void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out) {
       if (rank > 0) {
         for (int64_t i = group.begin; i < group.end; ++i) {
           const int32_t token = grouped.tokens[i];
-          const float gate =
-              params.gates[params.route_of[token] * params.num_experts + expert];
+          const float gate = params.gates[params.route_of[token] * params.num_experts + expert];
           if (gate == 0.0f) continue;
           out->rows.push_back(token);
           out->row_gates.push_back(gate);
@@ -130,27 +111,15 @@ void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out) {
       job.v = vector_at("v", offset[3]);
       job.scale = params.scales[entry];
       job.rank = rank;
+      job.d_out = d_out;
       job.slice = static_cast<int32_t>(s);
       job.adapter = group.adapter;
       job.row_begin = row_begin;
       job.num_rows = num_rows;
       job.hidden_begin = out->hidden_size;
       out->hidden_size += num_rows * rank;
-      out->bytes += a_bytes + bt_bytes;
       out->jobs.push_back(job);
     }
-  }
-  cut_units(params.d_out, params.d_in, out);
-}
-
-void cut_units(const int64_t* d_out_of_slice, int64_t d_in, LoraSchedule* out) {
-  if (d_in == 0) return;
-  for (size_t j = 0; j < out->jobs.size(); ++j) {
-    const LoraJob& job = out->jobs[j];
-    const auto index = static_cast<int32_t>(j);
-    cut(&out->shrink_units, index, job.num_rows, kShrinkRows, job.rank, kShrinkRanks);
-    cut(&out->expand_units, index, job.num_rows, kExpandRows, d_out_of_slice[job.slice],
-        kExpandCols);
   }
 }
 

@@ -1,8 +1,7 @@
-// From routes to work: which rows each adapter serves, and the units that threads take.
+// From routes to jobs: which rows each adapter serves in which slice.
 //
 // Runs of tokens with one route become the rows of their adapter, in token order, so that its
-// weights are read once for all of them. Jobs (adapter x slice) are cut into units of nearly equal
-// work; a unit's result does not depend on where the cuts fall.
+// weights are read once for all of them. tasks.h hands the jobs to threads.
 #pragma once
 
 #include <vector>
@@ -24,8 +23,12 @@ struct LoraJob {
   int32_t adapter;
   int64_t row_begin, num_rows;  // into rows and row_gates
   int64_t hidden_begin;         // float offset into the scratch of A x, [num_rows, rank]
+  int64_t d_out;
 };
 
+constexpr int64_t kUnitRows = 64;  // at most: enough to reuse weights from cache
+
+// A piece of one job. Results do not depend on where jobs are cut.
 struct LoraUnit {
   int32_t job;
   int32_t row_begin, row_end;  // within the job
@@ -33,12 +36,10 @@ struct LoraUnit {
 };
 
 struct LoraSchedule {
-  std::vector<LoraJob> jobs;
+  std::vector<LoraJob> jobs;     // those of one adapter side by side
   std::vector<int32_t> rows;     // token of each row
   std::vector<float> row_gates;  // gate of each row, never 0
-  std::vector<LoraUnit> shrink_units, expand_units;
-  int64_t hidden_size = 0;  // floats
-  int64_t bytes = 0;        // of weights, to decide whether threads pay
+  int64_t hidden_size = 0;       // floats
 
   void clear();
 };
@@ -59,8 +60,5 @@ void group_tokens(const char* op, const int32_t* route_of, const int32_t* adapte
 
 // Throws on a rank, offset or length that points outside the pool.
 void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out);
-
-// Units of one schedule's jobs; d_out_of(slice) columns each.
-void cut_units(const int64_t* d_out_of_slice, int64_t d_in, LoraSchedule* out);
 
 }  // namespace milora

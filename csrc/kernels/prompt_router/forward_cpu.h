@@ -8,7 +8,7 @@
 // bytes = num_tokens * d * itemsize, 4 FLOPs an element.
 #pragma once
 
-#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/axpy.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/prompt_router/cpu.h"
 #include "kernels/prompt_router/math.h"

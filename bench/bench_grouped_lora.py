@@ -288,7 +288,7 @@ def main() -> None:
     args.provider = list(dict.fromkeys(["base", "peft", *args.provider]))  # the yardsticks
     report = Report("grouped_lora", args)
     bandwidth = machine.read_bandwidth(args.device)
-    report.add("memory", "torch.sum", torch.float32, "read_bandwidth", bandwidth / 1e9, "GB/s")
+    report.add("memory", "base", torch.float32, "read_bandwidth", bandwidth / 1e9, "GB/s")
     for name, case in itertools.product(args.dtype, make_cases(args)):
         if case.kind == "train":
             bench_training(case, DTYPES[name], report, args)

@@ -200,7 +200,7 @@ def main() -> None:
     args.provider = list(dict.fromkeys(["base", *args.provider]))
     report = Report("prompt_router", args)
     bandwidth = machine.read_bandwidth(args.device)
-    report.add("memory", "torch.sum", torch.float32, "read_bandwidth", bandwidth / 1e9, "GB/s")
+    report.add("memory", "base", torch.float32, "read_bandwidth", bandwidth / 1e9, "GB/s")
     for name, case in itertools.product(args.dtype, make_cases(args)):
         bench(case, DTYPES[name], report, args, bandwidth)
 

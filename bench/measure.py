@@ -163,6 +163,8 @@ class Report:
         text = f"{case:28} {provider:12} {name:9} {metric:16} {value:10.3f} {unit:8}"
         text += "" if ratio is None else f" ratio {ratio:6.3f} to {ratio_to}"
         text += "" if floor is None else f", floor {floor:.3f}"
+        if "registered" in extra:
+            text += f"  ({extra['registered']} registered, {extra['popularity']})"
         print(text.rstrip(), flush=True)
         if self.path is None:
             return

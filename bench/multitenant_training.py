@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
 
 import torch
 from measure import Run, interleaved
 from providers import MODULES, Plain, check_logits, milora_model, peft_model, routes
+from setting import TOP_3, Setting
 from tenants import Tenants
 from torch import Tensor, nn
 
 import milora
-
-if TYPE_CHECKING:
-    from bench_multitenant import Setting
 
 
 class Training:
@@ -47,13 +44,13 @@ class BaseStep:
 
 
 def run(s: Setting) -> None:
-    rows, device = [0] * s.batch, s.args.device
-    tenants = Tenants.random(s.shape, s.rank, 1, rows, s.dtype, device)
+    device = s.args.device
+    tenants = s.tenants(1, [0] * s.batch)
     ids = tenants.prompts(s.args.train_tokens).to(device)
     labels = ids.clone()
     labels[:, : ids.shape[1] // 2] = -100  # the first half is the prompt
     inputs = {"input_ids": ids, "labels": labels}
-    ours = milora_model(s.base, tenants, {"top_k": 3}).train()
+    ours = milora_model(s.base, tenants, TOP_3).train()
     theirs = peft_model(s.base, tenants).train()
     gates = check(s, tenants, ours, theirs, inputs)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,46 @@ def milora_model(base: nn.Module, tenants: Tenants, config: dict[str, Any]) -> n
     return model.eval()
 
 
+def save_folders(
+    base: nn.Module, tenants: Tenants, config: dict[str, Any], folder: str
+) -> list[Path]:
+    """The tenants as adapter folders below `folder`."""
+    model = milora_model(base, tenants, config)
+    folders = [Path(folder) / f"tenant{i}" for i in range(tenants.num_adapters)]
+    for path in folders:
+        milora.save(model, path, path.name)
+    return folders
+
+
+def open_pool(
+    base: nn.Module, tenants: Tenants, resident: int
+) -> tuple[nn.Module, milora.AdapterPool]:
+    """A twin of the base with a pool for `resident` adapters of the tenants' size."""
+    size = sum(t[0].nbytes for group in (tenants.a, tenants.b) for t in group.values())
+    size += size // 16 + (1 << 16)  # routers, and runs that start on 64 bytes
+    routers = 4 * (len(MODULES) + 2) * tenants.shape.hidden * tenants.shape.layers
+    size += routers
+    model = twin(base)
+    pool = milora.AdapterPool(
+        model,
+        device_bytes=resident * size + (16 << 20),
+        host_bytes=2 * size,
+        max_resident=resident,
+    )
+    return model, pool
+
+
+def pooled_model(base: nn.Module, tenants: Tenants, config: dict[str, Any]) -> nn.Module:
+    """As `milora_model`, with the tenants in an AdapterPool, all of them resident."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = save_folders(base, tenants, config, folder)
+        model, pool = open_pool(base, tenants, resident=len(folders))
+        for path in folders:
+            pool.register(path.name, path)
+            pool.pin(path.name)  # read now: the folder goes
+    return model
+
+
 @torch.no_grad()
 def fill(model: nn.Module, tenants: Tenants, prefix: str) -> None:
     """Give attached (MiLoRA, PEFT) adapters the tenants' weights."""
@@ -71,16 +113,21 @@ def fill(model: nn.Module, tenants: Tenants, prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def plain_ops() -> Iterator[None]:
-    """`milora.reference` in place of the ops of inference."""
-    kept = {name: getattr(ops, name) for name in INFERENCE_OPS}
-    for name in INFERENCE_OPS:
-        setattr(ops, name, getattr(reference, name))
+def replaced_ops(makers: dict[str, Callable[[Callable], Callable]]) -> Iterator[None]:
+    """Each named op of `milora.ops` replaced by what its maker makes of it."""
+    kept = {name: getattr(ops, name) for name in makers}
+    for name, make in makers.items():
+        setattr(ops, name, make(kept[name]))
     try:
         yield
     finally:
         for name, op in kept.items():
             setattr(ops, name, op)
+
+
+def plain_ops() -> contextlib.AbstractContextManager:
+    """`milora.reference` in place of the ops of inference."""
+    return replaced_ops({n: lambda _, n=n: getattr(reference, n) for n in INFERENCE_OPS})
 
 
 def route_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -65,6 +65,9 @@ def base_model(shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
         intermediate_size=shape.intermediate,
         vocab_size=shape.vocab,
         max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config).to(device, dtype).eval().requires_grad_(False)
 

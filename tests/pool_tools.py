@@ -114,3 +114,28 @@ def lora_bytes(rank: int, *, dtype: torch.dtype = torch.float32) -> int:
         for d in (d_in, d_out):
             total += -(-rank * row_bytes(d, dtype) // 64) * 64
     return 2 * total
+
+
+PLAIN = {"router": False}
+BYTES = lora_bytes(4)
+
+
+def same_size_folders(tmp_path_factory) -> dict[str, Path]:
+    """Adapters a to f of `BYTES` each, and L of `lora_bytes(8)`."""
+    made = {}
+    for seed, name in enumerate("abcdefL"):
+        made[name] = tmp_path_factory.mktemp(name)
+        save_adapter(made[name], PLAIN, seed=seed + 1, rank=8 if name == "L" else 4)
+    return made
+
+
+def three_of_seven(folders: dict[str, Path]) -> AdapterPool:
+    """Room for three of the adapters of `same_size_folders`, all registered."""
+    pool = pool_of(build("llama"), 3 * BYTES, host_bytes=20 * BYTES)
+    for name, folder in folders.items():
+        pool.register(name, folder)
+    return pool
+
+
+def resident(pool: AdapterPool) -> str:
+    return "".join(name for name in pool if pool.is_resident(name))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from milora import ops
+from milora.dequantize import dequantized, is_repacked
 from milora.experts import ExpertSpec, ExpertWeights, get_kind
 from milora.router import keeps_unused_edges
 from milora.routing import Call
@@ -129,7 +130,7 @@ class MiLoRALinear(nn.Module):
         Raises:
             TypeError: the base is quantized in a form that cannot be dequantized here.
         """
-        weight = _dequantized(self.base_layer)
+        weight = dequantized(self.base_layer)
         if type(self.base_layer).__name__ == "Conv1D":
             weight = weight.T
         # float8 needs scales that its module keeps elsewhere: its bare values mean nothing.
@@ -161,44 +162,54 @@ class MiLoRALinear(nn.Module):
                     "milora.load the adapter to train it"
                 )
         if torch.compiler.is_compiling() or args or kwargs:
-            return self._forward_alone(call, x, base_layer(x, *args, **kwargs))
+            outputs = [base_layer(x, *args, **kwargs)]
+            self._add_updates(call, x, outputs, (self,))
+            return outputs[0]
         if call.watch is not None:
             call.watch.saw(self, x)
-        if call.ready and (early := call.ready.pop(self, None)) is not None:
-            if early[0] is x and early[1] == _version(x):
-                return early[2]
-        if not self.siblings:
-            return self._forward_alone(call, x, base_layer(x))
-        return self._forward_siblings(call, x)
+        early = call.ready.pop(self, None) if call.ready else None
+        if early is not None and early[0] is x and early[1] == _version(x):
+            return early[2]
+        siblings = self.siblings or (self,)
+        outputs = [linear._modules["base_layer"](x) for linear in siblings]
+        self._add_updates(call, x, outputs, siblings)
+        if len(siblings) > 1:
+            version = _version(x)
+            for linear, y in zip(siblings[1:], outputs[1:], strict=True):
+                call.ready[linear] = (x, version, y)
+        return outputs[0]
 
-    def _forward_alone(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
-        self._check_rows(call, y)
-        active = call.state.block_active[self.block]
-        if active is not None and not torch.compiler.is_compiling() and not active[self.column]:
-            return y
-        return self._update(call, x, [y], [self])[0]
-
-    def _forward_siblings(self, call: Call, x: Tensor) -> Tensor:
-        """This module's output; those of its siblings wait in `call.ready` for theirs calls."""
-        outputs = [sibling._modules["base_layer"](x) for sibling in self.siblings]
+    def _add_updates(
+        self, call: Call, x: Tensor, outputs: list[Tensor], linears: tuple[MiLoRALinear, ...]
+    ) -> None:
+        """Update `outputs` of `linears`, which all read x: in one op call if they share a dtype."""
         self._check_rows(call, outputs[0])
         active = call.state.block_active[self.block]
-        chosen = [
-            i for i, s in enumerate(self.siblings) if active is None or active[s.column]
-        ]  # fmt: skip
-        if len({outputs[i].dtype for i in chosen}) > 1:
-            groups = [[i] for i in chosen]
-        else:
-            groups = [chosen] if chosen else []
-        for group in groups:
-            members = [self.siblings[i] for i in group]
-            updated = self._update(call, x, [outputs[i] for i in group], members)
-            for i, y in zip(group, updated, strict=True):
-                outputs[i] = y
-        version = _version(x)
-        for sibling, y in zip(self.siblings[1:], outputs[1:], strict=True):
-            call.ready[sibling] = (x, version, y)
-        return outputs[0]
+        if torch.compiler.is_compiling():
+            active = None  # a graph must not depend on the routes
+        slot_of = call.slot_of  # an adapter that is new to inference gets its slot here
+        members: dict[torch.dtype, list[int]] = {}
+        for i, linear in enumerate(linears):
+            if active is None or active[linear.column]:
+                dtype = call.weights.dtype(self.block, linear.column, outputs[i].dtype)
+                members.setdefault(dtype, []).append(i)
+        for dtype, indices in members.items():
+            tables = call.weights.block(self.block, dtype)
+            ys = [outputs[i].to(dtype).contiguous() for i in indices]
+            ops.grouped_lora_(
+                ys,
+                x.to(dtype).contiguous(),
+                tables.pool,
+                tables.offsets,
+                tables.ranks,
+                tables.scales,
+                call.state.block_gates[self.block],
+                call.route_of(x.numel() // self.d_in),
+                slot_of,
+                [linears[i].column for i in indices],
+            )
+            for i, y in zip(indices, ys, strict=True):
+                outputs[i] = y.to(outputs[i].dtype)
 
     def _check_rows(self, call: Call, y: Tensor) -> None:
         """Refuse [T, B, d] (Longformer): its tokens would silently follow the wrong prompts."""
@@ -210,35 +221,8 @@ class MiLoRALinear(nn.Module):
                 "target_modules"
             )
 
-    def _update(
-        self, call: Call, x: Tensor, outputs: list[Tensor], linears: list[MiLoRALinear]
-    ) -> list[Tensor]:
-        """`outputs` of `linears`, which share x and a dtype, with their updates added in place."""
-        dtype = outputs[0].dtype
-        stored = call.weights.dtype(self.block, linears[0].column, dtype)
-        ys = [y.to(stored).contiguous() for y in outputs] if stored != dtype else [
-            y if y.is_contiguous() else y.contiguous() for y in outputs
-        ]  # fmt: skip
-        if x.dtype != stored:
-            x = x.to(stored)
-        slot_of = call.slot_of  # first: an adapter that is new to inference gets its slot here
-        tables = call.weights.block(self.block, stored)
-        ops.grouped_lora_(
-            ys,
-            x if x.is_contiguous() else x.contiguous(),
-            tables.pool,
-            tables.offsets,
-            tables.ranks,
-            tables.scales,
-            call.state.block_gates[self.block],
-            call.route_of(x.numel() // self.d_in),
-            slot_of,
-            [linear.column for linear in linears],
-        )
-        return [y.to(dtype) for y in ys] if stored != dtype else ys
-
     def _forward_train(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
-        if x.requires_grad and _is_repacked(self.base_layer):
+        if x.requires_grad and is_repacked(self.base_layer):
             raise RuntimeError(
                 "milora: bitsandbytes has repacked this model's 4-bit weights for CPU inference (a "
                 "forward in eval mode does), so no gradient passes through them; train a freshly "
@@ -305,34 +289,6 @@ class MiLoRALinear(nn.Module):
 def _version(x: Tensor) -> int | None:
     """Changes when x is changed in place; tensors made in inference mode have none."""
     return None if x.is_inference() else x._version
-
-
-def _dequantized(linear: nn.Module) -> Tensor | None:
-    """The weight in the shape and dtype that `linear` computes with, None where it keeps none."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
-    if _is_repacked(linear):  # products with unit vectors: its layout is bitsandbytes' own
-        return linear(torch.eye(linear.in_features, device=weight.device)).T
-    if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bit
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if hasattr(weight, "SCB"):  # bitsandbytes, 8 bit; the scales move on the first forward
-        scale = linear.state.SCB if weight.SCB is None else weight.SCB
-        return weight if scale is None else weight.data.float() * (scale[:, None] / 127.0)
-    if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
-        return weight.dequantize()
-    return weight
-
-
-def _is_repacked(linear: nn.Module) -> bool:
-    """Whether bitsandbytes has rearranged a 4-bit weight for AVX-512 inference on a CPU.
-
-    It does so in place on the first forward in eval mode; such a weight passes no gradient on.
-    """
-    quant_state = getattr(getattr(linear, "weight", None), "quant_state", None)
-    return bool(getattr(quant_state, "packing_format_for_cpu", False))
 
 
 class _ZeroGrads(torch.autograd.Function):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Packs:
-    """One pool per block and dtype, with a slot for each adapter that inference has named so far."""
+    """One pool per block and dtype, with a slot for each adapter that inference has named."""
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime

@@ -16,7 +16,6 @@ from pool_tools import (
     resident_bytes,
     same_size_folders,
     save_adapter,
-    three_of_seven,
 )
 from tiny_models import build, prompts
 
@@ -29,15 +28,6 @@ from milora.attach import runtime_of
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return same_size_folders(tmp_path_factory)
-
-
-@pytest.fixture
-def pool(folders):
-    with three_of_seven(folders) as pool:
-        yield pool
-
-
-# ---- budgets ------------------------------------------------------------------------------------
 
 
 def test_device_bytes_are_kept(folders):

@@ -244,7 +244,7 @@ def test_a_working_set_that_does_not_fit(pool):
     with pool.acquire(["a"]):
         pool.pin("b")
         message = rf"1 adapter needs {lora_bytes(8):,} bytes in the pool; allowed are {BYTES:,} "
-        message += rf"\({3 * BYTES:,} less {2 * BYTES:,} of 2 others that are in use or pinned\)"
+        message += rf"\({3 * BYTES:,} less {2 * BYTES:,} of 2 others in use or pinned\)"
         for call in (lambda: pool.acquire(["L"]), lambda: pool.load("L"), lambda: pool.pin("L")):
             with pytest.raises(PoolError, match=message):
                 call()

@@ -91,7 +91,7 @@ def test_an_adapter_that_is_being_loaded_has_its_place(pool, monkeypatch):
         large = threads.submit(pool.acquire, ["L"])
         assert slowly.started.wait(PATIENCE)
         assert resident(pool) == "a"  # nothing is evicted before the weights were checked
-        with pytest.raises(PoolError, match="of 1 others that are in use"):
+        with pytest.raises(PoolError, match="of 1 others in use"):
             pool.acquire(["a", "b"])  # a is resident, but its room is L's with b
         with pool.acquire(["a"]):
             slowly.go.set()

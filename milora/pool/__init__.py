@@ -5,8 +5,10 @@ sources    where weights come from: a folder, or tensors in memory
 packing    a source -> one packed blob in host memory
 host       the blobs, under the host budget
 memory     the pool tensor and the tables that kernels read, under the device budget
+copies     blob -> pool, and inside the pool; on CUDA beside the forwards
+space      slots and bytes: what fits, eviction, compaction
 gate       forwards on one side, moving bytes on the other
-residency  which adapters are where: loading, leases, eviction, compaction
+residency  which adapters are where, for many threads: loading, leases
 prefetch   loading in the background
 pool       the public face
 """

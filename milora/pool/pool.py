@@ -242,7 +242,7 @@ class AdapterPool:
         with self._residency.changed:
             entry = self._residency.idle(name, "evict")
             if entry.slot is not None:
-                self._residency.evict(entry)
+                self._residency.space.evict(entry)
 
     def compact(self) -> None:
         """Close the gaps between resident adapters, once the running forwards have ended.
@@ -292,7 +292,7 @@ class AdapterPool:
     @property
     def epoch(self) -> int:
         """Grows whenever an adapter's slot changes."""
-        return self._residency.epoch
+        return self._residency.space.epoch
 
     def _check_model(self) -> None:
         """Refuse a model that was moved or cast: its adapters' bytes would be misread."""

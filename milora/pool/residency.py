@@ -14,8 +14,6 @@ free of deadlocks and of false failures:
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -28,32 +26,27 @@ from milora.pool.gate import ForwardGate
 from milora.pool.host import HostBlobs
 from milora.pool.layout import Layouts
 from milora.pool.memory import PoolMemory
+from milora.pool.space import Space
 
 
 class Residency:
     """The state machine of a pool.
 
     Attributes:
-        entries: the registered adapters by name.
-        epoch: grows whenever an adapter's slot changes.
+        entries: the registered adapters by name.  changed: the lock, and news for who waits.
     """
 
     def __init__(self, memory: PoolMemory, host: HostBlobs, layouts: Layouts, max_resident: int):
         self.memory = memory
         self.host = host
         self.layouts = layouts
-        self.max_resident = max_resident
         self.gate = ForwardGate()
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}
-        self.epoch = 0
         self.is_closed = False
         self.counts: Counter[str] = Counter()
-        self._resident: dict[str, Entry] = {}
+        self.space = Space(memory, max_resident, self.counts)
         self._loading: dict[str, Entry] = {}
-        self._free_slots = list(range(max_resident))
-        self._copying = 0  # copies into runs that no adapter has yet
-        self._clock = itertools.count(1)
         self._lost: deque[list[Entry]] = deque()  # of leases that nobody released
 
     # ---- registering ----------------------------------------------------------------------------
@@ -100,7 +93,7 @@ class Residency:
         with self.changed:
             entry = self.idle(name, "unregister")
             if entry.slot is not None:
-                self.evict(entry)
+                self.space.evict(entry)
             self.host.drop(name)
             del self.entries[name]
 
@@ -133,7 +126,7 @@ class Residency:
                     entry.leases -= 1
                 else:
                     entry.holds -= 1
-                entry.last_used = next(self._clock)
+                self.space.touch(entry)
             self.changed.notify_all()
 
     def lose(self, entries: list[Entry]) -> None:
@@ -154,15 +147,17 @@ class Residency:
 
     def _take_places(self, names: list[str], lease: bool) -> tuple[list[Entry], list[Entry]]:
         with self.changed:
-            self.settle()
             while True:
+                self.settle()
                 self.check_open()
                 entries = [self.known(name) for name in names]
                 missing = [entry for entry in entries if entry.slot is None]
                 if not missing and not self._loading:
                     break  # every adapter in use is resident: they fit
                 self._raise_prefetch_error(missing)
-                fits = self._fits(entries) and not any(entry.is_loading for entry in missing)
+                others = (*self.space.resident.values(), *self._loading.values())
+                fits = self.space.fits(entries, others)
+                fits = fits and not any(entry.is_loading for entry in missing)
                 if fits and not missing:
                     break
                 if self.gate.inside:
@@ -176,7 +171,7 @@ class Residency:
             for entry in entries:
                 entry.leases += lease
                 entry.holds += not lease
-                entry.last_used = next(self._clock)
+                self.space.touch(entry)
             for entry in missing:
                 entry.is_loading = True
                 self._loading[entry.name] = entry
@@ -190,30 +185,6 @@ class Residency:
             if entry.error is not None:
                 error, entry.error = entry.error, None
                 raise error
-
-    def _fits(self, entries: list[Entry]) -> bool:
-        """Whether there is a place for all now. Raises: PoolError if waiting cannot help."""
-        mine = {entry.name for entry in entries}
-        others = {**self._loading, **self._resident}
-        used = [e for name, e in others.items() if name not in mine and e.is_used]
-        lasting = [entry for entry in used if entry.leases or entry.is_pinned]
-        for unit, budget, size in (
-            ("bytes", self.memory.allocator.capacity, lambda entry: entry.num_bytes),
-            ("slots", self.max_resident, lambda entry: 1),
-        ):
-            needed = sum(map(size, entries))
-            held = sum(map(size, lasting))
-            if needed > budget - held:
-                adapters = "1 adapter" if len(entries) == 1 else f"{len(entries)} adapters together"
-                less = f" ({budget:,} less {held:,} of {len(lasting)} others that are in use or "
-                less += "pinned)"
-                raise PoolError(
-                    f"AdapterPool: {adapters} need{'s' * (len(entries) == 1)} {needed:,} {unit} in "
-                    f"the pool; allowed are {budget - held:,}{less if lasting else ''}"
-                )
-            if needed > budget - sum(map(size, used)):
-                return False
-        return True
 
     # ---- loading ------------------------------------------------------------------------------
 
@@ -280,80 +251,38 @@ class Residency:
                 self.memory.write(layout, offsets, blob)
             except BaseException:
                 with self.changed:
-                    self._copying -= 1
-                    self._free(slot, offsets)
+                    self.space.give_back(slot, offsets)
                 raise
         finally:
             with self.changed:
                 self.host.release(entry.name)
                 self.changed.notify_all()
         with self.changed:
-            entry.event = self.memory.show(slot, layout, offsets)
-            self._copying -= 1
-            entry.slot, entry.offsets, entry.layout = slot, offsets, layout
-            self._resident[entry.name] = entry
+            self.space.occupy(entry, layout, slot, offsets)
             entry.error = None
-            self.epoch += 1
-            self.counts["loads"] += 1
             self.changed.notify_all()
 
     def _make_room(self, num_bytes: int, sizes: list[int]) -> tuple[int, list[int]]:
-        """A slot and runs. There is room, as `_fits` said; it may take eviction and compaction."""
+        """A slot and runs; there is room, as `Space.fits` said, if need be after compaction."""
         with self.changed:
-            room = self._try_room(num_bytes, sizes)
+            room = self.space.try_room(num_bytes, sizes)
         if room is None:
             with self.gate.exclusive(), self.changed:
-                self.changed.wait_for(lambda: self._copying == 0)
-                room = self._try_room(num_bytes, sizes)
+                self.changed.wait_for(lambda: self.space.num_copying == 0)
+                room = self.space.try_room(num_bytes, sizes)
                 if room is None:
-                    self._compact()
-                    room = self._try_room(num_bytes, sizes)
+                    self.space.compact()
+                    room = self.space.try_room(num_bytes, sizes)
         return room
 
-    def _try_room(self, num_bytes: int, sizes: list[int]) -> tuple[int, list[int]] | None:
-        allocator = self.memory.allocator
-        while not self._free_slots or allocator.free_bytes < num_bytes:
-            idle = (entry for entry in self._resident.values() if not entry.is_used)
-            self.evict(min(idle, key=lambda entry: entry.last_used))
-        offsets = allocator.allocate(sizes)
-        if offsets is None:
-            return None
-        self._copying += 1
-        return heapq.heappop(self._free_slots), offsets
-
-    # ---- eviction and compaction; under the lock ------------------------------------------------
-
-    def evict(self, entry: Entry) -> None:
-        """Take a resident adapter that is not in use out of the pool."""
-        self.memory.hide(entry.slot)
-        del self._resident[entry.name]
-        self._free(entry.slot, entry.offsets)
-        entry.slot, entry.offsets, entry.layout, entry.event = None, [], None, None
-        self.epoch += 1
-        self.counts["evictions"] += 1
-
-    def _free(self, slot: int, offsets: list[int]) -> None:
-        self.memory.allocator.free(offsets)
-        heapq.heappush(self._free_slots, slot)
+    # ---- the whole pool -----------------------------------------------------------------------
 
     def compact(self) -> None:
         """Move the runs of all adapters together, while no forward runs."""
         with self.gate.exclusive(), self.changed:
             self.check_open()
-            self.changed.wait_for(lambda: self._copying == 0)
-            self._compact()
-
-    def _compact(self) -> None:
-        places = self.memory.compact()
-        if not places:
-            return
-        for entry in self._resident.values():
-            offsets = [places.get(offset, offset) for offset in entry.offsets]
-            if offsets != entry.offsets:
-                entry.offsets = offsets
-                entry.event = self.memory.show(entry.slot, entry.layout, offsets)
-        self.memory.copies.synchronize()
-        self.counts["compactions"] += 1
+            self.changed.wait_for(lambda: self.space.num_copying == 0)
+            self.space.compact()
 
     def settle(self) -> None:
         """Count the leases that were dropped without `release`; under the lock."""
@@ -393,7 +322,7 @@ class Residency:
             self.changed.wait_for(lambda: not self._loading)
         with self.gate.exclusive(), self.changed:
             self.entries.clear()
-            self._resident.clear()
+            self.space.resident.clear()
             self.host.clear()
             self.memory.free()
         return True
@@ -404,9 +333,9 @@ class Residency:
             allocator = self.memory.allocator
             return PoolStats(
                 registered=len(self.entries),
-                resident=len(self._resident),
-                pinned=sum(entry.is_pinned for entry in self._resident.values()),
-                in_use=sum(entry.leases > 0 for entry in self._resident.values()),
+                resident=len(self.space.resident),
+                pinned=sum(entry.is_pinned for entry in self.space.resident.values()),
+                in_use=sum(entry.leases > 0 for entry in self.space.resident.values()),
                 device_bytes=self.memory.num_bytes,
                 device_used=allocator.used,
                 device_free=allocator.free_bytes,

@@ -46,6 +46,16 @@ class Case:
         return f"{self.kind} b{self.batch} r{self.rank} {self.popularity} {self.d_in}-{outs}"
 
     @property
+    def extra(self) -> dict:
+        outs = "+".join(map(str, self.d_out))
+        return {
+            "rank": self.rank,
+            "batch": self.batch,
+            "popularity": self.popularity,
+            "shape": f"{self.d_in}-{outs}",
+        }
+
+    @property
     def rows(self) -> list[int]:
         """The adapter of each row; there are as many adapters as rows."""
         return popularity(self.popularity, self.batch, self.batch)
@@ -195,8 +205,8 @@ def bench_inference(case: Case, dtype: torch.dtype, report: Report, args, bandwi
     flops = 2 * p.x.shape[0] * case.rank * width
     rate = 2 * p.x.shape[0] * case.d_in * sum(case.d_out) / times["base"].best
     floor = max(nbytes / bandwidth, flops / rate if TOKENS[case.kind] > 1 else 0.0)
-    extra = {"rank": case.rank, "batch": case.batch, "popularity": case.popularity}
-    extra.update(num_tenants=distinct, adapter_bytes=nbytes, adapter_flops=flops)
+    counts = {"num_tenants": distinct, "adapter_bytes": nbytes, "adapter_flops": flops}
+    extra = {**case.extra, **counts}
     for name in args.provider:
         report.time(
             case.name, name, dtype, "time", times, unit="us",
@@ -268,12 +278,11 @@ def bench_training(case: Case, dtype: torch.dtype, report: Report, args) -> None
     steps = {name: Run(steps[name]) for name in steps if name in args.provider}
     steps["top 3"] = Run(lambda: step(ops.grouped_lora, some))
     times = interleaved(steps, args.device, args.repeat or (3 if args.quick else 10), args.seconds)
-    extra = {"rank": case.rank, "batch": case.batch, "popularity": case.popularity}
     for name in steps:
         provider, label = ("milora", " top 3 of 7") if name == "top 3" else (name, "")
         times[provider] = times[name]
         report.time(
-            case.name + label, provider, dtype, "time", times, to="peft", unit="us", **extra
+            case.name + label, provider, dtype, "time", times, to="peft", unit="us", **case.extra
         )
 
 

@@ -35,7 +35,9 @@ def main() -> None:
     options.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     options.add_argument("--rank", type=int, nargs="+", default=[32])
     options.add_argument("--batch", type=int, nargs="+", default=[8])
-    options.add_argument("--tenants", type=int, default=8, help="adapters on the model")
+    options.add_argument(
+        "--tenants", type=int, nargs="+", default=[8], help="adapters on the model"
+    )
     options.add_argument("--pool", action="store_true", help="c1 to c3 from an AdapterPool")
     options.add_argument("--profile", action="store_true", help="where milora's time goes")
     options.add_argument("--prompt-tokens", type=int, default=128)
@@ -51,8 +53,9 @@ def main() -> None:
     for name in args.dtype:
         dtype = DTYPES[name]
         base = base_model(args.shape, dtype, args.device)
-        for rank, batch, mix in itertools.product(args.rank, args.batch, args.popularity):
-            s = Setting(args, report, args.shape, dtype, rank, batch, mix, base, bandwidth)
+        points = itertools.product(args.rank, args.batch, args.tenants, args.popularity)
+        for rank, batch, tenants, mix in points:
+            s = Setting(args, report, args.shape, dtype, rank, batch, tenants, mix, base, bandwidth)
             multitenant_inference.run(s)
             if "c4" in args.case:
                 multitenant_registered.run(s)

@@ -179,7 +179,12 @@ def bench(case: Case, dtype: torch.dtype, report: Report, args, bandwidth: float
         times = interleaved(wanted, args.device, args.repeat or (20 if args.quick else 100), 1.5)
     nbytes = p.t["h"].nbytes * (2 if case.kind == "backward" else 1)
     floor = nbytes / bandwidth / times["base"].best
-    extra = {"batch": case.batch, "popularity": case.popularity, "bytes": nbytes}
+    extra = {
+        "batch": case.batch,
+        "popularity": case.popularity,
+        "shape": f"{case.tokens} tokens, d {case.d}, {case.pooler}",
+        "bytes": nbytes,
+    }
     for name in wanted:
         report.time(
             case.name, name, dtype, "time", times, unit="us",

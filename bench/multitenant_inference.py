@@ -39,7 +39,7 @@ def run(s: Setting) -> None:
         wanted = [case for case in cases if case in s.args.case]
         if not wanted:
             continue
-        tenants = s.tenants(s.args.tenants)
+        tenants = s.tenants(s.num_adapters)
         providers = make_providers(s, tenants, routed)
         prompts = tenants.prompts(s.args.prompt_tokens).to(s.args.device)
         check(s, tenants, providers, prompts[:, :16])
@@ -63,7 +63,9 @@ def decode(s: Setting, case: str, tenants: Tenants, providers: dict, prompts) ->
             case, name, s.dtype, "decode_step", times, floor=floor, adapter_bytes=nbytes,
             **described(s, tenants, provider),
         )  # fmt: skip
-    profile(s, case, tenants, providers, runs)
+        if name == "milora" and s.args.profile:
+            seconds = (floor - 1) * times["base"].best
+            multitenant_profile.run(s, case, runs["base"], runs["milora"], seconds)
 
 
 def prefill(s: Setting, case: str, tenants: Tenants, providers: dict, prompts) -> None:
@@ -77,7 +79,9 @@ def prefill(s: Setting, case: str, tenants: Tenants, providers: dict, prompts) -
             case, name, s.dtype, "prefill", times, floor=floor, adapter_flops=flops,
             prompt_tokens=prompts.shape[1], **described(s, tenants, provider),
         )  # fmt: skip
-    profile(s, case, tenants, providers, runs)
+        if name == "milora" and s.args.profile:
+            seconds = (floor - 1) * times["base"].best
+            multitenant_profile.run(s, case, runs["base"], runs["milora"], seconds)
 
 
 def flops_floor(s: Setting, base: Times, flops: int, num_tokens: int) -> float:
@@ -98,9 +102,3 @@ def described(s: Setting, tenants: Tenants, provider: Provider) -> dict:
         "pool": s.args.pool,
         **s.extra,
     }
-
-
-def profile(s: Setting, case: str, tenants: Tenants, providers: dict, runs: dict) -> None:
-    if s.args.profile and "milora" in runs:
-        nbytes = tenants.active_bytes(providers["milora"].gates)
-        multitenant_profile.run(s, case, runs["base"], runs["milora"], nbytes)

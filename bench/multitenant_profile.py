@@ -1,7 +1,7 @@
 """Where the time goes that MiLoRA adds to a forward of the base (`--profile`).
 
     added = ops + python      ops: seconds inside milora's ops; python: all that is around them
-    ops >= floor              the bytes of the active experts at the measured read bandwidth
+    ops >= floor              what the case's floor adds to the base
 
 Python is measured by leaving the ops out: the same forward with ops that do nothing, minus the
 base. What the ops take is measured inside a forward, with a clock around each call.
@@ -49,8 +49,12 @@ class OpClock:
         return run
 
 
-def run(s: Setting, case: str, base: Run, ours: Run, nbytes: int) -> None:
-    """Print and record the parts; `ours` and `base` are the runs that the case times.
+def run(s: Setting, case: str, base: Run, ours: Run, floor: float) -> None:
+    """Print and record the parts.
+
+    Args:
+        base, ours: the runs that the case times.
+        floor: seconds that the case's floor adds to the base.
 
     Raises: RuntimeError if no op was called: the model would have been measured without adapters.
     """
@@ -79,7 +83,7 @@ def run(s: Setting, case: str, base: Run, ours: Run, nbytes: int) -> None:
         "profile_added": times["milora"].best - bare,
         "profile_ops": ops,
         "profile_python": times["without"].best - bare - routers,
-        "profile_floor": nbytes / s.bandwidth,
+        "profile_floor": floor,
     }
     for metric, seconds in parts.items():
         s.report.add(case, "milora", s.dtype, metric, seconds * 1e3, "ms",

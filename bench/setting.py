@@ -23,6 +23,7 @@ class Setting:
     dtype: torch.dtype
     rank: int
     batch: int
+    num_adapters: int  # on the model, in c1 to c3
     popularity: str
     base: nn.Module
     bandwidth: float  # bytes a second
@@ -38,6 +39,7 @@ class Setting:
         return {
             "rank": self.rank,
             "batch": self.batch,
+            "tenants": self.num_adapters,
             "popularity": self.popularity,
             "shape": str(self.shape),
         }

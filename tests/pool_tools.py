@@ -101,7 +101,7 @@ def resident_bytes(pool: AdapterPool, name: str) -> bytes:
     entry = pool.entry(name)
     memory = pool.tables[0].pool
     return b"".join(
-        memory[offset : offset + size].numpy().tobytes()
+        memory[offset : offset + size].cpu().numpy().tobytes()
         for offset, size in zip(entry.offsets, entry.layout.sizes, strict=True)
     )
 

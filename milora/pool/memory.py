@@ -58,6 +58,10 @@ class PoolMemory:
         pinned = self.device.type == "cuda"
         return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
+    def blob_bytes(self, num_bytes: int) -> int:
+        """What a blob takes: torch rounds pinned memory up to powers of two."""
+        return 1 << (num_bytes - 1).bit_length() if self.device.type == "cuda" else num_bytes
+
     def write(self, layout: Layout, offsets: list[int], blob: Tensor) -> None:
         """Copy an adapter into runs that no table names yet."""
         with self.copies.writing():

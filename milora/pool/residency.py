@@ -75,7 +75,7 @@ class Residency:
             self._loading[entry.name] = entry
         try:
             with self.changed:
-                while not self.host.reserve(entry.name, entry.num_bytes):
+                while not self.host.reserve(entry.name, self.memory.blob_bytes(entry.num_bytes)):
                     self.changed.wait()
             self._fill(entry, source, keep=True)
         except BaseException:
@@ -220,7 +220,7 @@ class Residency:
             while True:
                 if (blob := self.host.take(entry.name)) is not None:
                     return blob
-                if self.host.reserve(entry.name, entry.num_bytes):
+                if self.host.reserve(entry.name, self.memory.blob_bytes(entry.num_bytes)):
                     break
                 if not may_wait:
                     return None

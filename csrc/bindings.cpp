@@ -5,7 +5,8 @@
 STABLE_TORCH_LIBRARY(milora, m) {
   m.def(
       "grouped_lora_(Tensor(a!)[] y, Tensor x, Tensor pool, Tensor offsets, Tensor ranks, "
-      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts) -> ()");
+      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts, "
+      "int path=0) -> ()");
   m.def(
       "grouped_lora(Tensor y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor gates, "
       "Tensor route_of, Tensor adapter_of) -> Tensor");

@@ -30,6 +30,9 @@ MAX_RANK = 256
 MAX_EXPERTS = 64
 MAX_SLICES = 16
 
+# Values of `path` of `grouped_lora_`.
+DECODE, PREFILL = 0, 1
+
 # Values of `codes` of `prompt_router`, in the order of its columns.
 POOLERS = ("self_attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu")
@@ -48,6 +51,7 @@ def grouped_lora_(
     route_of: Tensor,
     adapter_of: Tensor,
     experts: Sequence[int],
+    path: int = DECODE,
 ) -> None:
     """Add each token's gated low-rank update in place, for modules that share x.   [MiLoRA, eq. 1]
 
@@ -72,12 +76,14 @@ def grouped_lora_(
         route_of: [num_tokens] int32, row of `gates`; −1 leaves the token untouched.
         adapter_of: [num_routes] int32; −1 = the bare base.
         experts: per slice its column of `gates`, `offsets`, `ranks` and `scales`.
+        path: `DECODE`, made for few rows per adapter, or `PREFILL`, for many. A row's bits depend
+            on the path and on nothing beside the row. The CPU has one path and takes both.
     Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a route,
         adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
         such a row is left untouched.
     Note: accumulates in float32 and rounds once. No host synchronisation, CUDA-graph safe.
     """
-    _grouped_lora_(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts)
+    _grouped_lora_(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path)
 
 
 def grouped_lora(
@@ -180,7 +186,7 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("milora::grouped_lora_")
-def _(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts) -> None:
+def _(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path=0) -> None:
     return None
 
 

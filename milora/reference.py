@@ -83,9 +83,10 @@ def grouped_lora_(
     route_of: Tensor,
     adapter_of: Tensor,
     experts: Sequence[int],
+    path: int = 0,
     pool_dtype: torch.dtype | None = None,
 ) -> None:
-    """As `milora.ops.grouped_lora_`.
+    """As `milora.ops.grouped_lora_`, whatever the path.
 
     `pool_dtype` is the dtype of A and Bᵀ in the pool if it is not that of x: a float64 reference of
     a bfloat16 op reads the same pool.

@@ -11,6 +11,7 @@ from tolerance import assert_as_good_as_torch
 from milora import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATHS = [ops.DECODE, ops.PREFILL]
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,11 @@ def clone_strided(t: torch.Tensor) -> torch.Tensor:
     return wide[:, 3:-8]
 
 
-def check_pool_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_pool_case(
+    case: Case, dtype: torch.dtype, device: str = "cpu", path: int = ops.DECODE
+) -> None:
     inputs = pool_inputs(case, dtype)
-    actual = run_pool(to_device(inputs, device))
+    actual = run_pool({**to_device(inputs, device), "path": path})
     expected = [t.double() for t in inputs["y"]]
     reference.grouped_lora_(
         **{**inputs, "y": expected, "x": inputs["x"].double()}, pool_dtype=dtype
@@ -138,10 +141,18 @@ def check_pool_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> None
         assert_as_good_as_torch(actual[s].cpu(), expected[s], same_dtype[s], f"y[{s}]")
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pool_against_reference(case, dtype, device):
-    check_pool_case(case, dtype, device)
+def test_pool_against_reference(case, dtype, path, device):
+    check_pool_case(case, dtype, device, path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cpu_has_one_path(dtype):
+    inputs = pool_inputs(next(case for case in CASES if case.name == "long_run"), dtype)
+    for got, want in zip(*(run_pool({**inputs, "path": path}) for path in PATHS), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,12 +188,13 @@ def test_pool_takes_any_leading_dimensions(device):
         assert torch.equal(got, want[0])
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pool_is_batch_invariant(dtype, device):
+def test_pool_is_batch_invariant(dtype, path, device):
     case = Case(
         "mixed", 60, (32, 7, 64), 130, (200, 33), (0,) * 25 + (1, 2, 0, 1) * 10, (0, 1, 2), True
     )
-    inputs = to_device(pool_inputs(case, dtype), device)
+    inputs = to_device(pool_inputs(case, dtype), device) | {"path": path}
     together = run_pool(inputs)
     for t in range(0, case.num_tokens, 7):
         alone = {
@@ -368,6 +380,7 @@ POOL_ERRORS = [
     ({"x": torch.zeros(33, 7).T}, "x must be contiguous in its last dimension"),
     ({"y": [torch.zeros(7, 100)]}, "experts must have one column per slice"),
     ({"y": []}, "y must have 1 to 16 slices, got 0"),
+    ({"path": 2}, r"path must be 0 \(decode\) or 1 \(prefill\), got 2"),
     ({"experts": [0, 3]}, r"experts must be in \[0, 3\), got 3"),
     ({"route_of": torch.zeros(7, dtype=torch.int64)}, "route_of must be Int, got Long"),
     ({"route_of": torch.full((7,), 9, dtype=torch.int32)}, r"route_of must be in \[-1, 2\), got 9"),

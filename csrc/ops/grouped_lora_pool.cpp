@@ -77,11 +77,13 @@ void run_cpu(const GroupedLoraPoolParams& params) {
 void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
                        const Tensor& ranks, const Tensor& scales, const Tensor& gates,
                        const Tensor& route_of, const Tensor& adapter_of,
-                       const std::vector<int64_t>& experts) {
+                       const std::vector<int64_t>& experts, int64_t path) {
   GroupedLoraPoolParams p{};
   p.num_slices = static_cast<int64_t>(y.size());
   check(p.num_slices >= 1 && p.num_slices <= kMaxSlices, kOp, "y must have 1 to ", kMaxSlices,
         " slices, got ", p.num_slices);
+  check(path == kDecodePath || path == kPrefillPath, kOp,
+        "path must be 0 (decode) or 1 (prefill), got ", path);
   check(experts.size() == y.size(), kOp, "experts must have one column per slice (", p.num_slices,
         "), got ", experts.size());
   p.dtype = float_dtype(kOp, "x", x);

@@ -13,7 +13,7 @@ using Tensors = std::vector<Tensor>;
 void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
                        const Tensor& ranks, const Tensor& scales, const Tensor& gates,
                        const Tensor& route_of, const Tensor& adapter_of,
-                       const std::vector<int64_t>& experts);
+                       const std::vector<int64_t>& experts, int64_t path);
 
 Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
                     const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,

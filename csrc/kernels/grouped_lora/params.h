@@ -10,6 +10,10 @@ namespace milora {
 constexpr int kMaxSlices = 16;  // outputs that share one x: q, k, v and gate, up need at most 3
 constexpr int kMaxRank = 256;
 
+// The caller names the kernels: a row's bits may differ between the two, never within one. On the
+// CPU both mean the same loops.
+enum LoraPath : int64_t { kDecodePath = 0, kPrefillPath = 1 };
+
 // grouped_lora_: y_s[t] += g (scale B A x_t + u y_s[t] + v), weights in the pool.
 struct GroupedLoraPoolParams {
   void* y[kMaxSlices];           // [num_tokens, d_out[s]]

@@ -19,7 +19,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, √3 - 1
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 14  # counters at a time: the words in flight stay in the L2 cache
+# Counters at a time: the words in flight stay in a CPU's L2 cache; on a GPU they fill it.
+_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 22
 
 
 def derive_seed(seed: int, path: str) -> int:
@@ -44,18 +45,27 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [x0, x1, x2, x3]
 
 
-def uniform(shape: tuple[int, ...], seed: int, stream: int = 0) -> Tensor:
+def uniform(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """Independent values, uniform on (-1, 1), never 0, bit-identical everywhere.
 
     Args:
         seed: 0 to 2⁶⁴ - 1, the cipher's key.
         stream: 0 to 2³² - 1; different streams of one seed are independent.
-    Returns: float64 on the CPU; each value is an odd integer over 2²⁴, exact in float32 too.
+        device: where they are made; it does not change them.
+        dtype: float64 or float32: each value is an odd integer over 2²⁴, exact in both.
     """
     size = math.prod(shape)
-    out = torch.empty(-(-size // 4), 4, dtype=torch.float64, device="cpu")
-    for begin in range(0, len(out), _CHUNK):
-        index = torch.arange(begin, min(begin + _CHUNK, len(out)), device="cpu")
+    out = torch.empty(-(-size // 4), 4, dtype=dtype, device=device)
+    chunk = _CHUNK if out.device.type == "cpu" else _GPU_CHUNK
+    for begin in range(0, len(out), chunk):
+        index = torch.arange(begin, min(begin + chunk, len(out)), device=device)
         zero = torch.zeros_like(index)
         counter = [index & _MASK, index >> 32, zero + stream, zero]
         words = philox(counter, (seed & _MASK, seed >> 32))
@@ -67,8 +77,10 @@ def uniform(shape: tuple[int, ...], seed: int, stream: int = 0) -> Tensor:
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low word of the 64-bit product, through 16-bit halves: no int64 overflow."""
-    low = (x & 0xFFFF).mul_(factor)
-    middle = (x >> 16).mul_(factor).add_(low >> 16)
-    high = middle >> 16
-    return high, middle.bitwise_and_(0xFFFF).bitwise_left_shift_(16).add_(low.bitwise_and_(0xFFFF))
+    """High and low word of the 64-bit product.
+
+    int64 arithmetic wraps around, so the sign bit of a product is just its highest bit; the mask
+    takes away what the arithmetic shift draws in.
+    """
+    product = x * factor
+    return (product >> 32).bitwise_and_(_MASK), product.bitwise_and_(_MASK)

@@ -4,7 +4,8 @@
 // with the coefficients rounded to bf16, as torch rounds them between its two products. Each output
 // has one accumulator and goes through its steps in order, whatever the loop around it: axpy_row
 // keeps 256 columns in registers, axpy_stream walks w in the order of memory with the sums in L1,
-// axpy_strip holds 64 columns of w in L1 and serves many rows. All three give the same bits.
+// axpy_panel has w repacked in
+// L2 and serves many rows. All three give the same bits.
 #pragma once
 
 #include <type_traits>
@@ -32,11 +33,13 @@ struct FmaStep {
   static constexpr int kDepth = 1;  // rows of w
   static constexpr int kVecs = 1;   // vectors that hold kVecs * kLanes consecutive columns
   // Columns [0, n) of rows w and w + stride; has_second: whether there is a second row.
-  static void load_rows(const T* w, const T*, int64_t n, Vec (&out)[1]) {
+  MILORA_ALWAYS_INLINE static void load_rows(const T* w, const T*, int64_t n, Vec (&out)[1]) {
     out[0] = load_upto(w, n);
   }
-  static Vec multiply_add(Vec coef, Vec w, Vec acc) { return fma(coef, w, acc); }
-  static void to_columns(Vec*) {}
+  MILORA_ALWAYS_INLINE static Vec multiply_add(Vec coef, Vec w, Vec acc) {
+    return fma(coef, w, acc);
+  }
+  MILORA_ALWAYS_INLINE static void to_columns(Vec*) {}
 };
 
 #ifdef __AVX512BF16__
@@ -44,7 +47,8 @@ struct FmaStep {
 struct PairStep {
   static constexpr int kDepth = 2;
   static constexpr int kVecs = 2;
-  static void load_rows(const Bf16* w, const Bf16* second, int64_t n, Vec (&out)[2]) {
+  MILORA_ALWAYS_INLINE static void load_rows(const Bf16* w, const Bf16* second, int64_t n,
+                                             Vec (&out)[2]) {
     const __mmask32 mask = n >= 2 * kLanes ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
     const __m512i a = _mm512_maskz_loadu_epi16(mask, w);
     const __m512i b =
@@ -52,11 +56,11 @@ struct PairStep {
     out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
     out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
   }
-  static Vec multiply_add(Vec coef, Vec w, Vec acc) {
+  MILORA_ALWAYS_INLINE static Vec multiply_add(Vec coef, Vec w, Vec acc) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(coef),
                             (__m512bh)_mm512_castps_si512(w));
   }
-  static void to_columns(Vec* v) {
+  MILORA_ALWAYS_INLINE static void to_columns(Vec* v) {
     const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     const Vec first = _mm512_permutex2var_ps(v[0], low, v[1]);
@@ -100,17 +104,25 @@ inline void pack_coefs(const float* coef, int64_t row, int64_t stride_k, int64_t
 
 // ---- one row, w in any order ----
 
-// acc[m][v] += sum_k coef[m * coef_row + k * coef_k] * w[k * w_stride + v * kLanes ...]
+// acc[m][v] = sum_k coef[m * coef_row + k * coef_k] * w[k * w_stride + v * kLanes ...]
 template <int MR, int NV, class Step, class TW>
-inline void axpy_block(const float* coef, int64_t coef_row, int64_t coef_k, int64_t num_k,
-                       const TW* w, int64_t w_stride, Vec (&acc)[MR][NV]) {
+MILORA_ALWAYS_INLINE inline void axpy_block(const float* coef, int64_t coef_row, int64_t coef_k,
+                                            int64_t num_k, const TW* w, int64_t w_stride,
+                                            Vec (&acc)[MR][NV]) {
+  Vec sums[MR][NV];  // a copy whose address nobody has: GCC then keeps it in registers
+  for (int m = 0; m < MR; ++m) {
+    for (int v = 0; v < NV; ++v) sums[m][v] = zero();
+  }
   for (int64_t k = 0; k < num_k; ++k) {
     Vec wv[NV];
     for (int v = 0; v < NV; ++v) wv[v] = load(w + k * w_stride + v * kLanes);
     for (int m = 0; m < MR; ++m) {
       const Vec c = set1(coef[m * coef_row + k * coef_k]);
-      for (int v = 0; v < NV; ++v) acc[m][v] = Step::multiply_add(c, wv[v], acc[m][v]);
+      for (int v = 0; v < NV; ++v) sums[m][v] = Step::multiply_add(c, wv[v], sums[m][v]);
     }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int v = 0; v < NV; ++v) acc[m][v] = sums[m][v];
   }
 }
 
@@ -131,7 +143,6 @@ inline void axpy_row(const float* coef, int64_t coef_k, int64_t num_k, const TW*
   int64_t c = 0;
   for (; c + kWideVecs * kLanes <= num_cols; c += kWideVecs * kLanes) {
     Vec acc[1][kWideVecs];
-    for (int v = 0; v < kWideVecs; ++v) acc[0][v] = zero();
     axpy_block<1, kWideVecs, FmaStep<TW>>(coef, 0, coef_k, num_k, w + c, w_stride, acc);
     for (int v = 0; v < kWideVecs; ++v) emit(c + v * kLanes, acc[0][v], kLanes);
   }
@@ -143,7 +154,8 @@ inline void axpy_row(const float* coef, int64_t coef_k, int64_t num_k, const TW*
 
 // emit(row, column, vector, count) for the kVecs accumulators at one place.
 template <class Step, class Emit>
-inline void emit_columns(Vec* acc, int64_t m, int64_t c, int64_t num_cols, const Emit& emit) {
+MILORA_ALWAYS_INLINE inline void emit_columns(Vec* acc, int64_t m, int64_t c, int64_t num_cols,
+                                              const Emit& emit) {
   Step::to_columns(acc);
   for (int v = 0; v < Step::kVecs; ++v) {
     const int64_t column = c + v * kLanes;
@@ -171,7 +183,7 @@ inline void axpy_stream(const float* coef, int64_t coef_row, int64_t num_k, cons
       const bool first = k0 == 0, last = k0 + kStreamDepth >= num_k;
       const TW* rows = w + k0 * w_stride + c0;
       const float* coefs = coef + k0 / Step::kDepth;
-      const auto tile = [&](auto full, int64_t c, int64_t n) {
+      const auto tile = [&](auto full, int64_t c, int64_t n) MILORA_ALWAYS_INLINE {
         Vec acc[M][Step::kVecs];
         for (int m = 0; m < M; ++m) {
           for (int v = 0; v < Step::kVecs; ++v) {
@@ -221,61 +233,68 @@ inline void axpy_stream(const float* coef, int64_t coef_row, int64_t num_k, cons
   }
 }
 
-// ---- many rows, w in L1 ----
+// ---- many rows, w packed ----
 
-// Copies columns [0, num_cols <= kStrip) of num_k rows into the steps' form, zero-filled.
+// Floats of a packed panel: 128 KB, which stay in L2 while rows of the output go by.
+constexpr int64_t kPanelFloats = 32 * 1024;
+
+// Columns that a panel of num_k rows holds, a multiple of kStrip.
+template <class Step>
+constexpr int64_t panel_cols(int64_t num_k) {
+  return kPanelFloats / (num_steps<Step>(num_k) * kStrip) * kStrip;
+}
+
+// Copies columns [0, num_cols) of num_k rows into the steps' form: one strip of kStrip columns
+// after another, zero-filled at the end.
 template <class Step, class TW, class RowOf>
-inline void pack_strip(const RowOf& row_of, int64_t num_k, int64_t num_cols, float* strip) {
+inline void pack_panel(const RowOf& row_of, int64_t num_k, int64_t num_cols, float* panel) {
   constexpr int kTile = Step::kVecs * kLanes;
+  const int64_t strip_size = num_steps<Step>(num_k) * kStrip;
   for (int64_t k = 0; k < num_k; k += Step::kDepth) {
     const TW* row = row_of(k);
-    const TW* second = k + 1 < num_k && Step::kDepth == 2 ? row_of(k + 1) : nullptr;
-    for (int64_t c = 0; c < kStrip; c += kTile) {
-      Vec v[Step::kVecs];
-      if (c < num_cols) {
-        Step::load_rows(row + c, second == nullptr ? second : second + c, num_cols - c, v);
-      } else {
+    const bool pair = Step::kDepth == 2 && k + 1 < num_k;
+    const TW* second = pair ? row_of(k + 1) : nullptr;
+    float* out = panel + k / Step::kDepth * kStrip;
+    for (int64_t c0 = 0; c0 < num_cols; c0 += kStrip, out += strip_size) {
+      for (int64_t c = c0; c < c0 + kStrip; c += kTile) {
+        Vec v[Step::kVecs];
         for (int i = 0; i < Step::kVecs; ++i) v[i] = zero();
+        if (c < num_cols) Step::load_rows(row + c, pair ? second + c : nullptr, num_cols - c, v);
+        for (int i = 0; i < Step::kVecs; ++i) store(out + c - c0 + i * kLanes, v[i]);
       }
-      for (int i = 0; i < Step::kVecs; ++i) store(strip + c + i * kLanes, v[i]);
     }
-    strip += kStrip;
   }
 }
 
-// num_rows output rows over a packed strip of `steps` steps; emit(row, column, vector, count).
-// ahead(row, rows) is told which rows come next.
-template <class Step, class Emit, class Ahead>
-inline void axpy_strip(const float* coef, int64_t coef_row, int64_t coef_k, int64_t steps,
-                       const float* strip, int64_t num_rows, int64_t num_cols, const Emit& emit,
-                       const Ahead& ahead) {
+// num_rows output rows over a packed panel; emit(row, column, vector, count).
+template <class Step, class Emit>
+inline void axpy_panel(const float* coef, int64_t coef_row, int64_t coef_k, int64_t num_k,
+                       const float* panel, int64_t num_rows, int64_t num_cols, const Emit& emit) {
   constexpr int kBlock = kAxpyVecs * kLanes;
-  const auto run = [&](auto rows, int64_t m, int64_t c) {
+  const int64_t steps = num_steps<Step>(num_k);
+  const auto run = [&](auto rows, int64_t m) MILORA_ALWAYS_INLINE {
     constexpr int kRows = decltype(rows)::value;
-    Vec acc[kRows][kAxpyVecs];
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kAxpyVecs; ++v) acc[i][v] = zero();
-    }
-    ahead(m + kRows);
-    axpy_block<kRows, kAxpyVecs, Step>(coef + m * coef_row, coef_row, coef_k, steps, strip + c,
-                                       kStrip, acc);
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kAxpyVecs; v += Step::kVecs) {
-        emit_columns<Step>(acc[i] + v, m + i, c + v * kLanes, num_cols, emit);
+    for (int64_t c = 0; c < num_cols; c += kBlock) {
+      Vec acc[kRows][kAxpyVecs];
+      const float* strip = panel + c / kStrip * steps * kStrip + c % kStrip;
+      axpy_block<kRows, kAxpyVecs, Step>(coef + m * coef_row, coef_row, coef_k, steps, strip,
+                                         kStrip, acc);
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kAxpyVecs; v += Step::kVecs) {
+          emit_columns<Step>(acc[i] + v, m + i, c + v * kLanes, num_cols, emit);
+        }
       }
     }
   };
-  for (int64_t c = 0; c < num_cols; c += kBlock) {
-    int64_t m = 0;
-    for (; m + kAxpyRows <= num_rows; m += kAxpyRows) {
-      run(std::integral_constant<int, kAxpyRows>(), m, c);
-    }
-    if (m + 4 <= num_rows) {
-      run(std::integral_constant<int, 4>(), m, c);
-      m += 4;
-    }
-    for (; m < num_rows; ++m) run(std::integral_constant<int, 1>(), m, c);
+  int64_t m = 0;
+  for (; m + kAxpyRows <= num_rows; m += kAxpyRows) {
+    run(std::integral_constant<int, kAxpyRows>(), m);
   }
+  if (m + 4 <= num_rows) {
+    run(std::integral_constant<int, 4>(), m);
+    m += 4;
+  }
+  for (; m < num_rows; ++m) run(std::integral_constant<int, 1>(), m);
 }
 
 }  // namespace

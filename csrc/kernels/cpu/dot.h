@@ -41,9 +41,9 @@ struct Prefetcher {
 #ifdef __AVX512BF16__
 // Two products and two float32 additions an instruction, without widening either side.
 template <int MR, int NR, class Ahead>
-inline void dot_vectors(const Bf16* const (&x)[MR], const Bf16* const (&w)[NR], int64_t d,
-                        Vec (&acc)[MR][NR], const Ahead& ahead) {
-  const auto step = [&](int64_t i, __mmask32 mask) {
+MILORA_ALWAYS_INLINE inline void dot_vectors(const Bf16* const (&x)[MR], const Bf16* const (&w)[NR],
+                                             int64_t d, Vec (&acc)[MR][NR], const Ahead& ahead) {
+  const auto step = [&](int64_t i, __mmask32 mask) MILORA_ALWAYS_INLINE {
     __m512bh wv[NR];
     for (int n = 0; n < NR; ++n) wv[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w[n] + i);
     for (int m = 0; m < MR; ++m) {
@@ -61,11 +61,11 @@ inline void dot_vectors(const Bf16* const (&x)[MR], const Bf16* const (&w)[NR], 
 #endif
 
 template <int MR, int NR, class TX, class TW, class Ahead>
-inline void dot_vectors(const TX* const (&x)[MR], const TW* const (&w)[NR], int64_t d,
-                        Vec (&acc)[MR][NR], const Ahead& ahead) {
+MILORA_ALWAYS_INLINE inline void dot_vectors(const TX* const (&x)[MR], const TW* const (&w)[NR],
+                                             int64_t d, Vec (&acc)[MR][NR], const Ahead& ahead) {
   constexpr int64_t kUnroll = kLine / (kLanes * sizeof(TW));  // vectors in a line of w
   int64_t i = 0;
-  const auto step = [&] {
+  const auto step = [&]() MILORA_ALWAYS_INLINE {
     Vec wv[NR];
     for (int n = 0; n < NR; ++n) wv[n] = load(w[n] + i);
     for (int m = 0; m < MR; ++m) {
@@ -90,8 +90,8 @@ inline void dot_vectors(const TX* const (&x)[MR], const TW* const (&w)[NR], int6
 
 // `ahead(lines)` is called once per line of each of the NR rows of w.
 template <int MR, int NR, class TX, class TW, class Ahead>
-inline void dot_block(const TX* const (&x)[MR], const TW* const (&w)[NR], int64_t d,
-                      float (&out)[MR][NR], const Ahead& ahead) {
+MILORA_ALWAYS_INLINE inline void dot_block(const TX* const (&x)[MR], const TW* const (&w)[NR],
+                                           int64_t d, float (&out)[MR][NR], const Ahead& ahead) {
   Vec acc[MR][NR];
   for (int m = 0; m < MR; ++m) {
     for (int n = 0; n < NR; ++n) acc[m][n] = zero();
@@ -122,7 +122,7 @@ inline void dot_panel(const TX* const* x_rows, const TW* w, int64_t w_stride, in
   for (int m = 0; m < MR; ++m) x[m] = x_rows[m];
   constexpr int64_t kItem = sizeof(TW);
   Prefetcher next(w + NR * w_stride, d * kItem, w_stride * kItem);
-  const auto ahead = [&](int lines) {
+  const auto ahead = [&](int lines) MILORA_ALWAYS_INLINE {
     if constexpr (kStream) {
       for (int i = 0; i < lines; ++i) next.step();
     }

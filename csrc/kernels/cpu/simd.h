@@ -16,6 +16,10 @@
 #include <immintrin.h>
 #endif
 
+// Accumulators stay in registers only if every function and lambda between them and their loop is
+// inlined, which GCC does not decide by itself for the larger ones.
+#define MILORA_ALWAYS_INLINE __attribute__((always_inline))
+
 namespace milora::MILORA_ISA {
 namespace {
 
@@ -38,7 +42,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
 // Sums of 16 vectors at a third of the instructions: vector m + 4 n goes to lane 4 m + n.
-inline Vec sum_block(const Vec (&a)[16]) {
+MILORA_ALWAYS_INLINE inline Vec sum_block(const Vec (&a)[16]) {
   Vec b[8], c[4], d[2];
   for (int i = 0; i < 8; ++i) {
     b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44),
@@ -120,7 +124,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 // Sums of 8 vectors in the same order as sum: vector m + 2 n goes to lane 4 m + n.
-inline Vec sum_block(const Vec (&a)[8]) {
+MILORA_ALWAYS_INLINE inline Vec sum_block(const Vec (&a)[8]) {
   Vec b[4], c[2];
   for (int i = 0; i < 4; ++i) {
     b[i] = _mm256_add_ps(_mm256_permute2f128_ps(a[2 * i], a[2 * i + 1], 0x20),

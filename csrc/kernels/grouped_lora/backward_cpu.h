@@ -61,18 +61,17 @@ void backward_dx_unit(const LoraBackwardWork& work, const LoraUnit& unit) {
   const T* a = static_cast<const T*>(job.a);
   T* dx = static_cast<T*>(work.dx);
   const float* coef = work.grad_hidden + job.hidden_begin + unit.row_begin * job.rank;
-  alignas(64) float strip[kMaxRank * kStrip];
-  for (int64_t c0 = unit.begin; c0 < unit.end; c0 += kStrip) {
-    const int64_t cols = unit.end - c0 < kStrip ? unit.end - c0 : kStrip;
-    pack_strip<FmaStep<T>, T>([&](int64_t k) { return a + k * job.a_stride + c0; }, job.rank, cols,
-                              strip);
-    axpy_strip<FmaStep<T>>(
-        coef, job.rank, 1, job.rank, strip, unit.row_end - unit.row_begin, cols,
-        [&](int64_t i, int64_t c, Vec acc, int64_t n) {
-          const int64_t token = work.rows[job.row_begin + unit.row_begin + i];
-          store_upto(dx + token * work.d_in + c0 + c, acc, n);
-        },
-        [](int64_t) {});
+  alignas(64) float panel[kPanelFloats];
+  const int64_t step = panel_cols<FmaStep<T>>(job.rank);
+  for (int64_t c0 = unit.begin; c0 < unit.end; c0 += step) {
+    const int64_t cols = unit.end - c0 < step ? unit.end - c0 : step;
+    pack_panel<FmaStep<T>, T>([&](int64_t k) { return a + k * job.a_stride + c0; }, job.rank, cols,
+                              panel);
+    axpy_panel<FmaStep<T>>(coef, job.rank, 1, job.rank, panel, unit.row_end - unit.row_begin, cols,
+                           [&](int64_t i, int64_t c, Vec acc, int64_t n) MILORA_ALWAYS_INLINE {
+                             const int64_t token = work.rows[job.row_begin + unit.row_begin + i];
+                             store_upto(dx + token * work.d_in + c0 + c, acc, n);
+                           });
   }
 }
 
@@ -84,18 +83,16 @@ void reduce_rows(const LoraBackwardWork& work, const LoraJob& job, const float* 
   for (int64_t i = 0; i < job.rank * kStrip; ++i) sums[i] = 0;
   for (int64_t t0 = 0; t0 < job.num_rows; t0 += kReduceRows) {
     const int64_t n = job.num_rows - t0 < kReduceRows ? job.num_rows - t0 : kReduceRows;
-    pack_strip<FmaStep<T>, T>(
+    pack_panel<FmaStep<T>, T>(
         [&](int64_t t) {
           return static_cast<const T*>(data) + work.rows[job.row_begin + t0 + t] * stride + c0;
         },
         n, cols, strip);
-    axpy_strip<FmaStep<T>>(
-        coef + t0 * job.rank, 1, job.rank, n, strip, job.rank, cols,
-        [&](int64_t k, int64_t c, Vec acc, int64_t) {
-          float* sum_at = sums + k * kStrip + c;
-          store(sum_at, add(load(sum_at), acc));
-        },
-        [](int64_t) {});
+    axpy_panel<FmaStep<T>>(coef + t0 * job.rank, 1, job.rank, n, strip, job.rank, cols,
+                           [&](int64_t k, int64_t c, Vec acc, int64_t) MILORA_ALWAYS_INLINE {
+                             float* sum_at = sums + k * kStrip + c;
+                             store(sum_at, add(load(sum_at), acc));
+                           });
   }
 }
 

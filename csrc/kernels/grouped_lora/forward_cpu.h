@@ -7,7 +7,7 @@
 // and Bt over the bandwidth of memory. Both are walked eight rows at a time with the next eight
 // prefetched in ascending order; with column blocks instead memory gives half of that.
 // Many rows (prefill, training): bound by arithmetic. x goes through A in panels of 4 rows, Bt is
-// repacked 64 columns at a time in L1, and 6 rows of y are updated from it at once.
+// repacked in L2, and 6 rows of y at a time go along it.
 //
 // Order of summation per output: lanes over d_in, then a fixed tree; then ranks in order. It does
 // not depend on the rows beside it. Where the CPU multiplies bf16 pairs, h is rounded to bf16 for
@@ -57,20 +57,19 @@ void expand_few(const LoraJob& job, const LoraUnit& unit, const float* coef, int
   if (m < num_rows) rows(std::integral_constant<int, 1>(), m);
 }
 
-template <class T, class Step, class Update, class Ahead>
+template <class T, class Step, class Update>
 void expand_many(const LoraJob& job, const LoraUnit& unit, const float* coef, int64_t coef_row,
-                 const Update& update, const Ahead& ahead) {
+                 const Update& update) {
   const T* bt = static_cast<const T*>(job.bt);
-  const int64_t num_rows = unit.row_end - unit.row_begin;
-  alignas(64) float strip[kMaxRank / Step::kDepth * kStrip];
-  for (int64_t c0 = unit.begin; c0 < unit.end; c0 += kStrip) {
-    const int64_t cols = unit.end - c0 < kStrip ? unit.end - c0 : kStrip;
-    pack_strip<Step, T>([&](int64_t k) { return bt + k * job.bt_stride + c0; }, job.rank, cols,
-                        strip);
-    axpy_strip<Step>(
-        coef, coef_row, 1, num_steps<Step>(job.rank), strip, num_rows, cols,
-        [&](int64_t i, int64_t c, Vec acc, int64_t n) { update(i, c0 + c, acc, n); },
-        [&](int64_t i) { ahead(i, c0); });
+  alignas(64) float panel[kPanelFloats];
+  const int64_t step = panel_cols<Step>(job.rank);
+  for (int64_t c0 = unit.begin; c0 < unit.end; c0 += step) {
+    const int64_t cols = unit.end - c0 < step ? unit.end - c0 : step;
+    pack_panel<Step, T>([&](int64_t k) { return bt + k * job.bt_stride + c0; }, job.rank, cols,
+                        panel);
+    axpy_panel<Step>(coef, coef_row, 1, job.rank, panel, unit.row_end - unit.row_begin, cols,
+                     [&](int64_t i, int64_t c, Vec acc, int64_t n)
+                         MILORA_ALWAYS_INLINE { update(i, c0 + c, acc, n); });
   }
 }
 
@@ -97,7 +96,7 @@ void expand_unit(const LoraWork& work, const LoraUnit& unit) {
   }
 
   // One rounding to T, at the very end.
-  const auto update = [&](int64_t row, int64_t c, Vec low_rank, int64_t n) {
+  const auto update = [&](int64_t row, int64_t c, Vec low_rank, int64_t n) MILORA_ALWAYS_INLINE {
     const int64_t token = tokens[row];
     const Vec base = load_upto(y + token * y_stride + c, n);
     Vec delta = mul(scale, low_rank);
@@ -109,20 +108,7 @@ void expand_unit(const LoraWork& work, const LoraUnit& unit) {
     expand_few<T, Step>(job, unit, coef, coef_row, update);
     return;
   }
-  // The pieces of y that come next: too short and too far apart for the CPU to foresee.
-  const auto ahead = [&](int64_t row, int64_t c) {
-    if (row >= num_rows) {
-      row = 0;
-      c += kStrip;
-    }
-    for (int64_t i = row; i < row + kAxpyRows && i < num_rows; ++i) {
-      const char* at = reinterpret_cast<const char*>(y + tokens[i] * y_stride + c);
-      for (int64_t b = 0; b < kStrip * static_cast<int64_t>(sizeof(T)); b += kLine) {
-        __builtin_prefetch(at + b, 0, 3);
-      }
-    }
-  };
-  expand_many<T, Step>(job, unit, coef, coef_row, update, ahead);
+  expand_many<T, Step>(job, unit, coef, coef_row, update);
 }
 
 void shrink(const LoraWork& work, const LoraUnit& unit) {

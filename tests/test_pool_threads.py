@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -199,6 +201,33 @@ def test_closing_waits_for_a_prefetch(folders, monkeypatch):
         slowly.go.set()
         closing.result(PATIENCE)
     assert not any(t.name == "milora-prefetch" for t in threading.enumerate())
+
+
+def test_a_process_may_end_during_a_prefetch(folders):
+    """Without an abort: Python would unwind the thread inside of torch."""
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import milora, threading
+from pool_tools import new_pool
+from tiny_models import build
+pool = new_pool(build("llama"))
+pool.register("a", {str(folders["a"])!r})
+started = threading.Event()
+read = pool.entry("a").source.pack
+def pack(blob):
+    started.set()
+    for _ in range(100):
+        read(blob)
+pool.entry("a").source.pack = pack
+pool.prefetch("a")
+started.wait()
+print("end")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=2 * PATIENCE
+    )
+    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
 
 
 # ---- forwards and compaction --------------------------------------------------------------------

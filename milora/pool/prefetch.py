@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections import deque
 
 from milora.errors import PoolError
 from milora.pool.residency import Residency
+
+_all: weakref.WeakSet[Prefetcher] = weakref.WeakSet()
+_EXIT_SECONDS = 10.0
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python ends daemon threads by unwinding them, which aborts the process inside torch's C++."""
+    for prefetcher in list(_all):
+        prefetcher.stop(_EXIT_SECONDS)
 
 
 class Prefetcher:
@@ -17,6 +29,7 @@ class Prefetcher:
         self._names: deque[str] = deque()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        _all.add(self)
 
     def add(self, name: str) -> None:
         with self._lock:
@@ -28,13 +41,13 @@ class Prefetcher:
                 )
                 self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float | None = None) -> None:
         """Forget what is waiting, and return when the load that is running has ended."""
         with self._lock:
             self._names.clear()
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(timeout)
 
     def _run(self) -> None:
         while True:

@@ -17,8 +17,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc third_party -type f) CMakeLists.txt setup.py pyproject.toml \
   milora/_version.py
-CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BENCHES = $(sort $(wildcard bench/bench_*.py))
+CPP_SOURCES = $(shell find csrc $(wildcard bench/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TF517_TESTS = $(sort $(wildcard tests/test_routing*.py tests/test_checkpointing*.py))
 
 .PHONY: demo test test-all test-slow test-tf517 lint format bench gpu-check clean
@@ -51,9 +50,7 @@ format: $(VENV)/.requirements
 
 bench: $(VENV)/.built
 	mkdir -p build
-	for bench in $(BENCHES); do \
-	  $(BIN)/python $$bench --json build/bench.jsonl $(ARGS) || exit 1; \
-	done
+	$(BIN)/milora bench --json build/bench.jsonl $(ARGS)
 
 gpu-check: $(VENV)/.built-cuda
 	PYTHON="$(abspath $(BIN))/python" bench/gpu_check.sh $(ARGS)

@@ -17,12 +17,12 @@ from milora.routing import Call
 class Weight(nn.Module):
     """One named tensor, so that its key reads `lora_A.<adapter>.weight` as PEFT's does."""
 
-    def __init__(self, weight: Tensor, trainable: bool):
+    def __init__(self, weight: Tensor, trainable: bool, saved: bool):
         super().__init__()
         if trainable:
             self.weight = nn.Parameter(weight)
         else:
-            self.register_buffer("weight", weight, persistent=False)
+            self.register_buffer("weight", weight, persistent=saved)
 
 
 class MiLoRALinear(nn.Module):
@@ -79,17 +79,19 @@ class MiLoRALinear(nn.Module):
         """Add an expert; `tensors` None draws its initial values."""
         expert = get_kind(kind)
         device = self.device
-        frozen = expert.frozen(spec)
-        if tensors is None and device.type == "meta":
-            tensors = {k: torch.empty(shape) for k, shape in expert.tensors(spec).items()}
-        elif tensors is None:
-            tensors = expert.init(spec, self.dense_weight)
-        for group, is_trainable in ((tensors, True), (frozen, False)):
-            for key, tensor in group.items():
-                if key not in self._modules:
-                    self.add_module(key, nn.ModuleDict())
-                weight = Weight(tensor.to(device), is_trainable)
-                self._modules[key][name] = weight.requires_grad_(trainable)
+        if device.type == "meta":
+            shapes, frozen_shapes = expert.tensors(spec), expert.frozen_shapes(spec)
+            tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+            frozen = {key: torch.empty(s, device="meta") for key, s in frozen_shapes.items()}
+        else:
+            frozen = expert.frozen(spec)
+            tensors = expert.init(spec, self.dense_weight) if tensors is None else tensors
+        for key, tensor in (*tensors.items(), *frozen.items()):
+            if key not in self._modules:
+                self.add_module(key, nn.ModuleDict())
+            is_saved = key in tensors
+            weight = Weight(tensor.to(device), is_saved and key not in expert.fixed, is_saved)
+            self._modules[key][name] = weight.requires_grad_(trainable)
         self.specs[name] = spec
         self.kinds[name] = kind
 
@@ -100,10 +102,16 @@ class MiLoRALinear(nn.Module):
                 del self._modules[key]
         del self.specs[name], self.kinds[name]
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """The trainable tensors of one adapter's expert, by their names in the saved file."""
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The saved tensors of one adapter's expert, by their names in the file: parameters, and
+        buffers where the kind never trains them."""
         keys = get_kind(self.kinds[name]).tensors(self.specs[name])
         return {key: self._modules[key][name].weight for key in keys}
+
+    def trained(self, name: str) -> dict[str, nn.Parameter]:
+        """Those of `tensors` that training changes."""
+        fixed = get_kind(self.kinds[name]).fixed
+        return {key: tensor for key, tensor in self.tensors(name).items() if key not in fixed}
 
     def weights(self, name: str) -> ExpertWeights:
         """(A, B, scale, output vector) of one adapter's expert, differentiable."""
@@ -193,6 +201,7 @@ class MiLoRALinear(nn.Module):
             if active is None or active[linear.column]:
                 dtype = call.weights.dtype(self.block, linear.column, outputs[i].dtype)
                 members.setdefault(dtype, []).append(i)
+        num_tokens = x.numel() // self.d_in
         for dtype, indices in members.items():
             tables = call.weights.block(self.block, dtype)
             ys = [outputs[i].to(dtype).contiguous() for i in indices]
@@ -204,9 +213,10 @@ class MiLoRALinear(nn.Module):
                 tables.ranks,
                 tables.scales,
                 call.state.block_gates[self.block],
-                call.route_of(x.numel() // self.d_in),
+                call.route_of(num_tokens),
                 slot_of,
                 [linears[i].column for i in indices],
+                call.path_of(num_tokens),
             )
             for i, y in zip(indices, ys, strict=True):
                 outputs[i] = y.to(outputs[i].dtype)
@@ -234,7 +244,7 @@ class MiLoRALinear(nn.Module):
         active = call.state.block_active[self.block]
         if active is not None and not active[self.column]:
             if keeps_unused_edges():
-                tensors = [t for name in names for t in self.tensors(name).values()]
+                tensors = [t for name in names for t in self.trained(name).values()]
                 return _ZeroGrads.apply(y, *tensors)
             return y
         # Gates of adapters without an expert here: their columns are zero, so any index serves.

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from milora import ops
+
 if TYPE_CHECKING:
     from milora.packs import Packs
     from milora.pooled import PooledWeights
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 STATE_FORMAT = "milora_routing_state"
 STATE_VERSION = 1
+DECODE_TOKENS = 16  # of a row, speculative ones included: what one tile of a decode kernel takes
 
 
 class RoutingState:
@@ -365,6 +368,15 @@ class Call:
                 )
             return self.plan.segment_of
         return self.state.route_map(num_tokens)
+
+    def path_of(self, num_tokens: int) -> int:
+        """The kernel's path for this many tokens: decode up to `DECODE_TOKENS` of each row.
+
+        It follows the shape of the batch and nothing that fills it: a row's bits must not depend on
+        the rows beside it.
+        """
+        is_decode = num_tokens <= DECODE_TOKENS * self.state.num_rows
+        return ops.DECODE if is_decode else ops.PREFILL
 
     def for_replay(self) -> Call:
         """What a checkpointed block needs to run again, without this forward's autograd graph."""

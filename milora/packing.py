@@ -18,7 +18,9 @@ def row_bytes(length: int, dtype: torch.dtype) -> int:
 def padded_rows(rows: Tensor) -> Tensor:
     """[num_rows * row_bytes] uint8: the rows of a [num_rows, length] or [length] tensor, padded."""
     data = rows.detach().contiguous().view(torch.uint8)
-    return nn.functional.pad(data, (0, -data.shape[-1] % ROW_BYTES)).flatten()
+    if missing := -data.shape[-1] % ROW_BYTES:
+        data = nn.functional.pad(data, (0, missing))
+    return data.flatten()
 
 
 def expert_runs(

@@ -40,9 +40,13 @@ def pack(
         problems.extend(value_problems([(key, tensor)]))
         return tensor.float()  # the master copy of `milora.load`, so that both round the same
 
+    # numpy copies in this thread alone; torch would wake others, for bytes that fit into a cache.
+    target = blob.numpy()
+
     def write(run: int, data: Tensor | None) -> None:
         if data is not None:
-            blob[layout.starts[run] : layout.starts[run] + data.numel()].copy_(data)
+            start = layout.starts[run]
+            target[start : start + data.numel()] = data.cpu().numpy()
 
     for place in layout.experts:
         block, linear = layout.blocks[place.block].path, layouts.linears[place.block][place.path]
@@ -55,7 +59,7 @@ def pack(
             whole = f"{block}.{place.path}"
             made = kind.checksum(spec, frozen)
             problems += checksum_problem(whole, made, checksums.get(whole))
-        if kind.needs_weight or frozen:  # products, made where attached adapters make theirs
+        if kind.has_products:  # made where attached adapters make theirs
             tensors, frozen = (
                 {name: tensor.to(linear.device) for name, tensor in group.items()}
                 for group in (tensors, frozen)

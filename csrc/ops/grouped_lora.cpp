@@ -1,5 +1,6 @@
 // milora::grouped_lora and its backward: out[t] = y[t] + g scale B A x[t], weights as tensors.
 #include <cstring>
+#include <memory>
 
 #include "common/cuda_runtime.h"
 #include "kernels/grouped_lora/cpu.h"
@@ -10,9 +11,9 @@
 namespace milora {
 namespace {
 
-constexpr int64_t kRowsPerUnit = 32;
 constexpr int64_t kColsPerUnit = 256;
-constexpr int64_t kReduceCols = 64;
+constexpr int64_t kTokensPerUnit = 64;
+constexpr int64_t kMinReduceCols = 64, kMaxReduceCols = 256;
 constexpr int64_t kParallelWork = 64 * 1024;  // multiply-adds that one thread does sooner alone
 
 // Host-side table of the adapters, checked.
@@ -139,22 +140,32 @@ std::vector<LoraUnit> cut(const std::vector<LoraJob>& jobs, int64_t row_step, in
   return units;
 }
 
-void copy_idle_rows(const GroupedLoraParams& p, const LoraSchedule& plan) {
-  std::vector<char> active(p.num_tokens, 0);
-  for (int32_t token : plan.rows) active[token] = 1;
-  const int64_t item = element_size(p.dtype);
-  for (int64_t t = 0; t < p.num_tokens; ++t) {
-    if (active[t]) continue;
-    std::memcpy(static_cast<char*>(p.out) + t * p.d_out * item,
-                static_cast<const char*>(p.y) + t * p.y_stride * item, p.d_out * item);
-  }
+// Rows that no adapter changes: a copy of y, or zeros where y is null.
+void fill_idle_rows(const TrainPlan& plan, int64_t num_tokens, int64_t d, int64_t item,
+                    const void* y, int64_t y_stride, void* out) {
+  if (static_cast<int64_t>(plan.schedule.rows.size()) == num_tokens) return;
+  std::vector<char> active(num_tokens, 0);
+  for (int32_t token : plan.schedule.rows) active[token] = 1;
+  const int64_t units = (num_tokens + kTokensPerUnit - 1) / kTokensPerUnit;
+  run_tasks(units, num_tokens * d > kParallelWork, [&](int64_t i) {
+    const int64_t end = std::min((i + 1) * kTokensPerUnit, num_tokens);
+    for (int64_t t = i * kTokensPerUnit; t < end; ++t) {
+      if (active[t]) continue;
+      char* row = static_cast<char*>(out) + t * d * item;
+      if (y == nullptr) {
+        std::memset(row, 0, d * item);
+      } else {
+        std::memcpy(row, static_cast<const char*>(y) + t * y_stride * item, d * item);
+      }
+    }
+  });
 }
 
 void run_cpu(const char* op, const GroupedLoraParams& p) {
   TrainPlan plan;
   make_plan(op, p.adapters, p.num_adapters, p.gates, p.num_routes, p.route_of, p.adapter_of,
             p.num_tokens, p.d_in, p.d_out, p.dtype, &plan);
-  copy_idle_rows(p, plan.schedule);
+  fill_idle_rows(plan, p.num_tokens, p.d_out, element_size(p.dtype), p.y, p.y_stride, p.out);
   transpose_weights(plan, p.adapters, p.dtype, p.d_out);
   std::vector<float> hidden(plan.schedule.hidden_size);
 
@@ -183,25 +194,19 @@ void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {
             p.num_tokens, p.d_in, p.d_out, p.dtype, &plan);
   transpose_weights(plan, p.adapters, p.dtype, p.d_out);
   const auto& jobs = plan.schedule.jobs;
-  // One allocation for A x, its gradient and the gates' row sums.
+  // One allocation for the coefficients and the gates' row sums.
   const int64_t size = plan.schedule.hidden_size;
-  std::vector<float> scratch(2 * size + static_cast<int64_t>(plan.schedule.rows.size()));
-  const std::vector<LoraUnit> row_units = cut(jobs, kRowsPerUnit, 1, 1);
-  const std::vector<LoraUnit> dx_units = cut(jobs, 3 * kRowsPerUnit, p.d_in, kColsPerUnit);
-  const std::vector<LoraUnit> da_units = cut(jobs, 0, p.d_in, kReduceCols);
-  const std::vector<LoraUnit> db_units = cut(jobs, 0, p.d_out, kReduceCols);
+  const auto num_rows = static_cast<int64_t>(plan.schedule.rows.size());
+  const std::unique_ptr<float[]> scratch(new float[3 * size + num_rows]);
 
   LoraBackwardWork work{};
   work.jobs = jobs.data();
-  work.row_units = row_units.data();
-  work.dx_units = dx_units.data();
-  work.da_units = da_units.data();
-  work.db_units = db_units.data();
   work.rows = plan.schedule.rows.data();
   work.row_gates = plan.schedule.row_gates.data();
-  work.hidden = scratch.data();
-  work.grad_hidden = scratch.data() + size;
-  work.row_dots = scratch.data() + 2 * size;
+  work.dx_coefs = scratch.get();
+  work.da_coefs = work.dx_coefs + size;
+  work.db_coefs = work.da_coefs + size;
+  work.row_dots = work.db_coefs + size;
   work.x = p.x;
   work.dy = p.dy;
   work.x_stride = p.x_stride;
@@ -215,16 +220,34 @@ void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {
 
   const GroupedLoraCpu& kernels = grouped_lora_cpu();
   const bool parallel = plan.work > kParallelWork;
-  const auto run = [&](const std::vector<LoraUnit>& units, auto kernel) {
-    run_tasks(static_cast<int64_t>(units.size()), parallel,
-              [&](int64_t i) { kernel(work, i, i + 1); });
+  const std::vector<LoraUnit> row_units = cut(jobs, kBackwardRows, 1, 1);
+  run_tasks(static_cast<int64_t>(row_units.size()), parallel,
+            [&](int64_t i) { kernels.backward_rows(work, row_units[i]); });
+
+  // The rest in any order; wide pieces of columns suit the memory, narrow ones many threads.
+  struct Piece {
+    decltype(kernels.backward_dx) kernel;
+    std::vector<LoraUnit> units;
   };
-  run(row_units, kernels.backward_rows);
-  if (p.dx != nullptr) run(dx_units, kernels.backward_dx);
+  const auto reduce_cols = [](int64_t d) {
+    const int64_t share = d / (3 * num_threads()) / kMinReduceCols * kMinReduceCols;
+    return std::clamp(share, kMinReduceCols, kMaxReduceCols);
+  };
+  std::vector<Piece> pieces;
   if (p.grads != nullptr) {
-    run(da_units, kernels.backward_da);
-    run(db_units, kernels.backward_db);
+    pieces.push_back({kernels.backward_da, cut(jobs, 0, p.d_in, reduce_cols(p.d_in))});
+    pieces.push_back({kernels.backward_db, cut(jobs, 0, p.d_out, reduce_cols(p.d_out))});
   }
+  if (p.dx != nullptr) {
+    fill_idle_rows(plan, p.num_tokens, p.d_in, element_size(p.dtype), nullptr, 0, p.dx);
+    pieces.push_back({kernels.backward_dx, cut(jobs, kUnitRows, p.d_in, p.d_in)});
+  }
+  std::vector<std::pair<decltype(kernels.backward_dx), const LoraUnit*>> tasks;
+  for (const Piece& piece : pieces) {
+    for (const LoraUnit& unit : piece.units) tasks.emplace_back(piece.kernel, &unit);
+  }
+  run_tasks(static_cast<int64_t>(tasks.size()), parallel,
+            [&](int64_t i) { tasks[i].first(work, *tasks[i].second); });
   if (p.dgates != nullptr) {
     std::vector<double> sums(p.num_routes, 0.0);
     for (size_t i = 0; i < plan.schedule.rows.size(); ++i) {
@@ -302,7 +325,10 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
   const auto zeros = [](const Tensor& like, bool wanted, std::vector<int64_t> sizes) {
     return wanted ? torch::stable::new_zeros(like, sizes) : torch::stable::new_empty(like, {0});
   };
-  Tensor dx = zeros(x, need_dx, {p.num_tokens, p.d_in});
+  const bool empty = p.num_tokens == 0 || p.num_adapters == 0;
+  Tensor dx = need_dx && !empty && !x.is_cuda()
+                  ? torch::stable::new_empty(x, {p.num_tokens, p.d_in})  // written row by row
+                  : zeros(x, need_dx, {p.num_tokens, p.d_in});
   Tensor dgates = zeros(gates, need_gates, {p.num_routes});
   Tensors da, db;
   std::vector<LoraGrads> grads;
@@ -311,7 +337,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
     db.push_back(zeros(b[i], need_weights, {p.d_out, a[i].size(0)}));
     grads.push_back({da[i].mutable_data_ptr(), db[i].mutable_data_ptr()});
   }
-  if (p.num_tokens > 0 && p.num_adapters > 0) {
+  if (!empty) {
     p.dy = dy.const_data_ptr();
     p.dy_stride = row_stride(kOp, "dy", dy);
     p.x = x.const_data_ptr();

@@ -25,24 +25,24 @@ struct LoraWork {
   Dtype dtype;
 };
 
+constexpr int64_t kBackwardRows = 32;  // of a unit of backward_rows; even
+
 struct LoraBackwardWork {
   const LoraJob* jobs;  // a: as given; bt: from transpose_b
-  const LoraUnit* row_units;
-  const LoraUnit* dx_units;
-  const LoraUnit* da_units;
-  const LoraUnit* db_units;
   const int32_t* rows;
   const float* row_gates;
-  float* hidden;       // per job [num_rows, rank]: A x, then g s A x
-  float* grad_hidden;  // per job [num_rows, rank]: g s Bt dy
-  float* row_dots;     // [rows]: s (Bt dy) . (A x), what each row adds to its gate's gradient
-  const void* x;       // [num_tokens, d_in]
-  const void* dy;      // [num_tokens, d_out]
+  // Per job at hidden_begin, in the form of the kernels' steps: one float or one pair of bf16.
+  float* dx_coefs;  // g s Bt dy, [num_rows, steps of ranks]
+  float* da_coefs;  // g s Bt dy, [steps of rows, rank]
+  float* db_coefs;  // g s A x, [steps of rows, rank]
+  float* row_dots;  // [rows]: s (Bt dy) . (A x), what each row adds to its gate's gradient
+  const void* x;    // [num_tokens, d_in]
+  const void* dy;   // [num_tokens, d_out]
   int64_t x_stride, dy_stride, d_in, d_out;
   void* dx;                // [num_tokens, d_in] or null
   const LoraGrads* grads;  // [num_adapters] or null
   Dtype dtype;
-  bool need_hidden;  // dA needs grad_hidden alone, dB and dgates need hidden too
+  bool need_hidden;  // dx and dA need Bt dy alone, dB and dgates need A x too
 };
 
 struct GroupedLoraCpu {
@@ -51,10 +51,11 @@ struct GroupedLoraCpu {
   // b [d_out, rank] -> bt [rank, d_out], columns [begin, end)
   void (*transpose_b)(const void* b, Dtype dtype, int64_t rank, int64_t d_out, int64_t begin,
                       int64_t end, void* bt);
-  void (*backward_rows)(const LoraBackwardWork& work, int64_t begin, int64_t end);
-  void (*backward_dx)(const LoraBackwardWork& work, int64_t begin, int64_t end);
-  void (*backward_da)(const LoraBackwardWork& work, int64_t begin, int64_t end);
-  void (*backward_db)(const LoraBackwardWork& work, int64_t begin, int64_t end);
+  // Units of rows; then of rows and columns of x; of columns of x; of columns of dy.
+  void (*backward_rows)(const LoraBackwardWork& work, const LoraUnit& unit);
+  void (*backward_dx)(const LoraBackwardWork& work, const LoraUnit& unit);
+  void (*backward_da)(const LoraBackwardWork& work, const LoraUnit& unit);
+  void (*backward_db)(const LoraBackwardWork& work, const LoraUnit& unit);
 };
 
 #define MILORA_DECLARE(isa) MILORA_DECLARE_TABLE(isa, GroupedLoraCpu, kGroupedLoraCpu)

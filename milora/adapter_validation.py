@@ -121,7 +121,10 @@ def open_folder(
         shapes = {key: shape for key, (shape, _) in forms.items()}
         config = geometry.config(data, shapes, folder)
         blocks = checked_blocks(geometry, config, data.get("experts"), folder)
-        expected = geometry.shapes(config)
+        try:
+            expected = geometry.shapes(config)
+        except ValueError as error:  # an expert kind that this model's modules cannot have
+            raise AdapterError(f"{folder}: {error}") from None
         if wrong := form_problems(expected, forms):
             # Only what has the form of this model's tensors is read, so memory stays bounded.
             right = ((key, file.get_tensor(names[key])) for key in expected if key not in wrong)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from milora._version import __version__
 from milora.adapter_files import PEFT_TYPE, write_folder
 from milora.adapter_validation import (
-    OpenAdapter,
     checksum_problem,
     expert_key,
     open_folder,
@@ -23,8 +22,8 @@ from milora.adapter_validation import (
     router_key,
     value_problems,
 )
-from milora.attach import attach, delete_adapter, runtime_of, spec_of
-from milora.blocks import linear_shape
+from milora.attach import attach_values, delete_adapter, runtime_of, spec_of
+from milora.blocks import find_blocks, linear_shape
 from milora.config import FORMAT_VERSION, MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind
@@ -77,11 +76,21 @@ def load(
             problem. The model is unchanged.
         ValueError: the name is taken.
     """
-    config, tensors = read_folder(model, folder)
+    config, tensors, checksums = _read(model, folder)
     runtime = runtime_of(model, required=False)
     active = None if runtime is None else runtime.active
-    attach(model, config, adapter_name, trainable=trainable)
+    kind = get_kind(config.expert)
+
+    def values(block: str, path: str) -> dict[str, Tensor]:
+        shape = linear_shape(model.get_submodule(f"{block}.{path}"))
+        names = kind.tensors(spec_of(config, block, path, shape))
+        return {name: tensors[expert_key(block, path, name)].float() for name in names}
+
+    attach_values(model, config, adapter_name, trainable, values)
     try:
+        # Against the factors that the model now has: making them is what takes time.
+        made = _checksums(model, adapter_name)
+        raise_all(folder, _checksum_problems(made, checksums))
         _copy_into(adapter_parameters(model, adapter_name), tensors)
     except BaseException:
         delete_adapter(model, adapter_name)
@@ -118,12 +127,30 @@ def read_folder(
     Returns: its configuration, and its tensors by their keys (`adapter_parameters`').
     Raises: as `load`.
     """
+    config, tensors, checksums = _read(model, folder)
+    kind = get_kind(config.expert)
+    made: dict[str, str | None] = {}
+    for block in find_blocks(model, config):
+        for path in block.experts:
+            shape = linear_shape(block.module.get_submodule(path))
+            spec = spec_of(config, block.path, path, shape)
+            made[f"{block.path}.{path}"] = kind.checksum(spec)
+    raise_all(folder, _checksum_problems(made, checksums))
+    return config, tensors
+
+
+def _read(
+    model: nn.Module, folder: str | os.PathLike
+) -> tuple[MiLoRAConfig, dict[str, Tensor], dict[str, str]]:
+    """`read_folder` without a look at frozen factors: what sums they should have comes third.
+
+    Making them takes time and memory, and a damaged config could ask for any amount; so that is
+    for after the checks.
+    """
     with open_folder(model, folder) as file:
         tensors = {key: file.read(key) for key in file.shapes}
         raise_all(folder, value_problems(tensors.items()))
-    # Making frozen factors takes time and memory that a damaged config could make any amount of.
-    raise_all(folder, _checksum_problems(file))
-    return file.config, tensors
+    return file.config, tensors, file.checksums
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -134,18 +161,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
             f"milora: no adapter {adapter_name!r}; there are {sorted(runtime.configs)}"
         )
     config = runtime.configs[adapter_name]
-    kind = get_kind(config.expert)
-    checksums: dict[str, str] = {}
-    for block, linears in zip(runtime.blocks, runtime.linears, strict=True):
-        for linear in linears:
-            if (spec := linear.specs.get(adapter_name)) is None:
-                continue
-            # Making frozen factors takes a minute for a large model; those at hand are the same,
-            # unless the model was cast.
-            frozen = linear.frozen(adapter_name)
-            is_same = all(t.dtype == torch.float32 and not t.is_meta for t in frozen.values())
-            if (checksum := kind.checksum(spec, frozen if is_same else None)) is not None:
-                checksums[f"{block.path}.{block.experts[linear.column]}"] = checksum
+    checksums = _checksums(model, adapter_name)
     return {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM" if runtime.is_causal else None,
@@ -156,14 +172,15 @@ def adapter_config(model: nn.Module, adapter_name: str) -> dict[str, Any]:
             block.path: [block.experts[c] for c in runtime.columns[adapter_name][index]]
             for index, block in enumerate(runtime.blocks)
         },
-        "checksums": checksums,
+        "checksums": {path: made for path, made in checksums.items() if made is not None},
     }
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """An adapter's parameters by their keys in the file."""
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's saved tensors by their keys in the file: parameters, and the buffers of kinds
+    that have fixed ones."""
     runtime = runtime_of(model)
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     for index, block in enumerate(runtime.blocks):
         for linear in runtime.linears[index]:
             if adapter_name not in linear.specs:
@@ -176,20 +193,31 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
     return found
 
 
-def _checksum_problems(file: OpenAdapter) -> list[str]:
-    kind = get_kind(file.config.expert)
-    problems = []
-    for block in file.blocks:
-        for path in block.experts:
-            shape = linear_shape(block.module.get_submodule(path))
-            made = kind.checksum(spec_of(file.config, block.path, path, shape))
-            whole = f"{block.path}.{path}"
-            problems += checksum_problem(whole, made, file.checksums.get(whole))
-    return problems
+def _checksums(model: nn.Module, adapter_name: str) -> dict[str, str | None]:
+    """By the paths of an adapter's modules: the sums of their experts' frozen factors."""
+    runtime = runtime_of(model)
+    kind = get_kind(runtime.configs[adapter_name].expert)
+    checksums: dict[str, str | None] = {}
+    for block, linears in zip(runtime.blocks, runtime.linears, strict=True):
+        for linear in linears:
+            if (spec := linear.specs.get(adapter_name)) is None:
+                continue
+            # Making frozen factors takes seconds for a large model; those at hand are the same,
+            # unless the model was cast.
+            frozen = linear.frozen(adapter_name)
+            is_same = all(t.dtype == torch.float32 and not t.is_meta for t in frozen.values())
+            whole = f"{block.path}.{block.experts[linear.column]}"
+            checksums[whole] = kind.checksum(spec, frozen if is_same else None)
+    return checksums
+
+
+def _checksum_problems(made: dict[str, str | None], said: dict[str, str]) -> list[str]:
+    problems = (checksum_problem(path, made[path], said.get(path)) for path in made)
+    return [problem for listed in problems for problem in listed]
 
 
 @torch.no_grad()
-def _copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def _copy_into(parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     for key, parameter in parameters.items():
         tensor = tensors[key].to(parameter.dtype)
         if hasattr(parameter, "device_mesh"):  # an FSDP2 shard

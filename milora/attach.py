@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from milora.balance import BalanceWindow
 from milora.blocks import find_blocks, linear_shape
 from milora.checkpointing import CheckpointedBlock
 from milora.config import MiLoRAConfig
-from milora.experts import ExpertSpec, make_spec
+from milora.experts import ExpertSpec, get_kind, make_spec
 from milora.generation import GenerateMethods, Replaced
 from milora.nn import MiLoRALinear
 from milora.opening import check_layout
@@ -23,6 +23,7 @@ from milora.routing import RoutingState
 from milora.runtime import ROUTER_NAME, BlockHook, Runtime, Stats, add_router
 
 RUNTIME = "_milora_runtime"
+ExpertValues = Callable[[str, str], dict[str, Tensor]]
 
 
 def attach(
@@ -50,13 +51,25 @@ def attach(
             the parameters are sharded already.
         ImportError: this version of transformers is not supported; the message names the range.
     """
+    return attach_values(model, config, adapter_name, trainable, None)
+
+
+def attach_values(
+    model: nn.Module,
+    config: MiLoRAConfig,
+    adapter_name: str,
+    trainable: bool,
+    values: ExpertValues | None,
+) -> nn.Module:
+    """`attach` with the experts' tensors at hand: `values` gives those of a block's path and a
+    path in it. Some kinds take minutes to draw initial ones from a large base."""
     existing = runtime_of(model, required=False)
     _check_name(adapter_name, existing)
     _check_model(model, existing)
     blocks = find_blocks(model, config)
     runtime = existing or _install(model, blocks)
     try:
-        _add_adapter(runtime, adapter_name, config, blocks, trainable)
+        _add_adapter(runtime, adapter_name, config, blocks, trainable, values)
     except BaseException:
         _drop_adapter(runtime, adapter_name)
         if existing is None:
@@ -302,14 +315,14 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module, adapter_name: str = "default") -> ParameterCount:
-    """Count an adapter's parameters; works on the meta device."""
+    """Count an adapter's parameters; works on the meta device. Fixed tensors are none."""
     runtime = runtime_of(model)
     _check_known(runtime, adapter_name)
     experts = router = pooler = activation = activated = 0
     activated_mean = 0.0
     for block, linears in enumerate(runtime.linears):
         sizes = sorted(
-            sum(t.numel() for t in linear.tensors(adapter_name).values())
+            sum(t.numel() for t in linear.trained(adapter_name).values())
             for linear in linears
             if adapter_name in linear.specs
         )
@@ -434,7 +447,12 @@ def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _add_adapter(
-    runtime: Runtime, name: str, config: MiLoRAConfig, blocks: list, trainable: bool
+    runtime: Runtime,
+    name: str,
+    config: MiLoRAConfig,
+    blocks: list,
+    trainable: bool,
+    values: ExpertValues | None,
 ) -> None:
     activations = config.activation
     if isinstance(activations, list) and len(activations) != len(blocks):
@@ -452,7 +470,8 @@ def _add_adapter(
         runtime.columns[name].append(columns)
         for path, linear in linears.items():
             spec = spec_of(config, found.path, path, (linear.d_in, linear.d_out))
-            linear.add_adapter(name, config.expert, spec, None, trainable)
+            tensors = None if values is None else values(found.path, path)
+            linear.add_adapter(name, config.expert, spec, tensors, trainable)
         if config.router and linears:
             seed = hashlib.sha256(f"{config.seed}/{index}/{ROUTER_NAME}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
@@ -465,8 +484,12 @@ def _add_adapter(
 
 
 def spec_of(config: MiLoRAConfig, block: str, path: str, shape: tuple[int, int]) -> ExpertSpec:
-    """The spec of the expert on the module at `path` inside the block at path `block`."""
-    return make_spec(
+    """The spec of the expert on the module at `path` inside the block at path `block`.
+
+    Raises:
+        ValueError: a module of this shape cannot have an expert of this kind.
+    """
+    spec = make_spec(
         *shape,
         config.rank_of(block, path),
         config.alpha_of(block, path),
@@ -476,6 +499,11 @@ def spec_of(config: MiLoRAConfig, block: str, path: str, shape: tuple[int, int])
         seed=config.seed,
         path=f"{block}.{path}",
     )
+    try:
+        get_kind(config.expert).check(spec)
+    except ValueError as error:
+        raise ValueError(f"{block}.{path}: {error}") from None
+    return spec
 
 
 def hidden_size(model: nn.Module, first: nn.Module) -> int:

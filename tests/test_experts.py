@@ -13,7 +13,7 @@ from milora.experts import REGISTRY, dora, get_kind, make_spec
 
 # (d_in, d_out, rank): odd sizes, a rank of 1, a rank above both dimensions
 SHAPES = [(33, 100, 4), (64, 48, 8), (7, 5, 1), (6, 9, 16)]
-KINDS = sorted(REGISTRY)
+KINDS = ["dora", "lora", "lora_mini"]  # all kinds: test_experts_kinds.py
 
 
 def spec_of(kind: str, shape=(33, 100, 4), **changes):
@@ -128,7 +128,7 @@ def test_scale(arguments, scale):
     [
         (
             lambda: get_kind("adalora"),
-            "expert: must be one of lora, dora, lora_mini, got 'adalora'",
+            f"expert: must be one of {', '.join(REGISTRY)}, got 'adalora'",
         ),
         (lambda: make_spec(8, 8, 0), "make_spec: rank must be a positive integer, got 0"),
         (lambda: make_spec(8.0, 8, 1), "make_spec: d_in must be a positive integer, got 8.0"),

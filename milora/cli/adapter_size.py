@@ -12,6 +12,7 @@ from milora.adapter_files import WEIGHTS_FILE, read_config
 from milora.adapter_validation import PREFIX
 from milora.cli.models import user_errors
 from milora.errors import UserError
+from milora.experts import REGISTRY
 from milora.runtime import ROUTER_NAME
 
 ROUTER_PARTS = {"w_r": "router", "w_sa": "pooler", "theta": "activation"}
@@ -20,7 +21,8 @@ ROUTER_PARTS = {"w_r": "router", "w_sa": "pooler", "theta": "activation"}
 @dataclass(frozen=True)
 class AdapterSize:
     """Numbers of parameters; `activated` is the worst case: the routers and the `top_k` largest
-    experts of each block. The mean is over experts, as if all were equally likely.
+    experts of each block. The mean is over experts, as if all were equally likely. `fixed` numbers
+    stand in the file but are never trained; nothing else counts them.
     """
 
     folder: str
@@ -30,6 +32,7 @@ class AdapterSize:
     router: int
     pooler: int
     activation: int
+    fixed: int
     activated: int
     activated_mean: float
 
@@ -47,6 +50,7 @@ class AdapterSize:
             "adapter": self.folder,
             "config": {k: v for k, v in self.config.items() if k not in ("experts", "checksums")},
             "num_blocks": len(self.blocks),
+            "fixed_numbers": self.fixed,
             "parameters": {
                 "total": self.total,
                 "experts": self.experts,
@@ -70,11 +74,15 @@ def read_size(folder: Path) -> AdapterSize:
     counts = _tensor_sizes(folder / WEIGHTS_FILE)
     parts = dict.fromkeys(ROUTER_PARTS.values(), 0)
     modules: dict[str, int] = {}
+    kind = REGISTRY.get(str(config.get("expert")))
+    fixed = 0
     for key, count in counts.items():
         path = key.removeprefix(PREFIX)
         owner, _, name = path.removesuffix(".weight").rpartition(".")
         if owner.endswith("." + ROUTER_NAME) and name in ROUTER_PARTS:
             parts[ROUTER_PARTS[name]] += count
+        elif kind is not None and name in kind.fixed:
+            fixed += count
         else:
             modules[owner] = modules.get(owner, 0) + count
     blocks = _by_block(folder, modules, config.get("experts"))
@@ -91,6 +99,7 @@ def read_size(folder: Path) -> AdapterSize:
         config=config,
         blocks=blocks,
         experts=sum(modules.values()),
+        fixed=fixed,
         activated=activated + routing,
         activated_mean=mean + routing,
         **parts,

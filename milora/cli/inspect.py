@@ -74,9 +74,12 @@ def _print_size(size) -> None:
         ("  of routers", f"{size.router:,}"),
         ("  of poolers", f"{size.pooler:,}"),
         ("  of activations", f"{size.activation:,}"),
+        ("fixed numbers, never trained", f"{size.fixed:,}"),
         ("activated for a prompt, at most", f"{size.activated:,}"),
         ("activated for a prompt, mean", f"{size.activated_mean:,.0f}"),
     ]
+    if not size.fixed:
+        rows = [row for row in rows if not row[0].startswith("fixed")]
     print_table(size.folder, rows, ("", ""), show_header=False)
 
 

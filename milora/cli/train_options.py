@@ -85,7 +85,7 @@ _TABLE: dict[str, list[tuple[str, Any, str]]] = {
         ("max_length", "N", "tokens of prompt and answer; longer answers are cut"),
     ],
     "adapter (paper: rank 32, top-k 3, self-attention pooler, rational activation)": [
-        ("expert", "KIND", "lora, dora or lora_mini"),
+        ("expert", "KIND", "lora, dora, lora_mini ...; `milora methods` lists them"),
         ("rank", "R", "rank of each expert"),
         ("alpha", "X", "the update is scaled by alpha / rank; not given: alpha = rank"),
         ("top_k", "K", "experts on per block and prompt"),

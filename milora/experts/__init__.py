@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, make_spec
+from milora.experts.bone import Bone
 from milora.experts.dora import Dora
+from milora.experts.ffa_lora import FfaLora
+from milora.experts.loldu import Loldu
 from milora.experts.lora import Lora
+from milora.experts.lora_ga import LoraGa
 from milora.experts.lora_mini import LoraMini
+from milora.experts.lora_sb import LoraSb
+from milora.experts.lora_xs import LoraXs
+from milora.experts.melora import Melora
+from milora.experts.mora import Mora
+from milora.experts.nlora import IntTune, Nlora, Slora
+from milora.experts.nola import Nola
+from milora.experts.prolora import Prolora
+from milora.experts.randlora import Randlora
 
 REGISTRY: dict[str, ExpertKind] = {
-    "lora": Lora(),
-    "dora": Dora(),
-    "lora_mini": LoraMini(),
+    kind.name: kind
+    for kind in (
+        Lora(),
+        Dora(),
+        LoraMini(),
+        FfaLora(),
+        LoraXs(),
+        LoraSb(),
+        Slora(),
+        Nlora(),
+        IntTune(),
+        Loldu(),
+        LoraGa(),
+        Melora(),
+        Prolora(),
+        Nola(),
+        Randlora(),
+        Mora(),
+        Bone(),
+    )
 }
 
 

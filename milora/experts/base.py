@@ -6,6 +6,7 @@ to one `ExpertWeights`; ops, serving and export know that form and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from milora.random import derive_seed
+
+MAX_SERVED_RANK = 256  # of the kernels
 
 # Gives the dense base weight [d_out, d_in]; a callable, since for a quantized base this means work.
 WeightSource = Callable[[], Tensor]
@@ -73,7 +76,7 @@ def make_spec(
 class ExpertWeights:
     """The update of one expert with gate g:  y += g · (scale · B A x + output ⊙ (y - bias)).
 
-    a: [rank, d_in].  b: [d_out, rank].
+    a: [rank, d_in].  b: [d_out, rank].  Both contiguous.
     output: [d_out] or None. With DoRA's per-row factor c it is c - 1, and b already holds
         diag(c) B. An op therefore takes u = output and v = -output ⊙ bias, and adds u ⊙ y + v.
     """
@@ -87,25 +90,37 @@ class ExpertWeights:
 class ExpertKind(ABC):
     """One way to parametrise an expert. Stateless: an instance serves every module.
 
-    A new kind is one file with a subclass, plus one line in `milora.experts.REGISTRY`.
+    A new kind is one file with a subclass, plus one line in `milora.experts.REGISTRY`. A tensor is
+    one of three: trained and saved; fixed, that is saved but never trained (it came from the base
+    weight or from data, by operations whose bits differ between machines); or frozen, that is made
+    again from the seed wherever it is needed, never saved.
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]  # what the kind is, in a few words, for `milora methods`
     defaults: ClassVar[dict[str, Any]] = {}  # the kind's own options
+    fixed: ClassVar[frozenset[str]] = frozenset()  # those of `tensors` that are never trained
     needs_weight: ClassVar[bool] = False  # init and materialise call weight()
     has_output: ClassVar[bool] = False  # materialise gives an output vector
+    has_products: ClassVar[bool] = True  # materialise computes; False: it hands tensors through
 
     @abstractmethod
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
-        """Names (PEFT's, without ".weight") and shapes of the trainable tensors."""
+        """Names (with "lora_" in them, without ".weight") and shapes of the saved tensors."""
 
     @abstractmethod
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
-        """Initial values of `tensors(spec)`: float32, on the CPU, the update they give is 0.
+        """Initial values of `tensors(spec)`: float32, on the CPU.
+
+        The update that they give is 0, except where a kind's docstring says otherwise.
 
         Raises:
             ValueError: the kind needs the base weight and `weight` is None or of another shape.
         """
+
+    def frozen_shapes(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of `frozen(spec)`."""
+        return {}
 
     def frozen(self, spec: ExpertSpec) -> dict[str, Tensor]:
         """Tensors that follow from the spec: float32, on the CPU, never trained, never saved."""
@@ -117,7 +132,29 @@ class ExpertKind(ABC):
         Saved in an adapter's config, it shows at load time that the tensors came out the same.
         Pass `frozen` when it is at hand, to spare making it again.
         """
-        return None
+        if not self.frozen_shapes(spec):
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in sorted((frozen or self.frozen(spec)).items()):
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            digest.update(tensor.float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+    def served_rank(self, spec: ExpertSpec) -> int:
+        """Rank of the (A, B) that `materialise` gives."""
+        return spec.rank
+
+    def check(self, spec: ExpertSpec) -> None:
+        """Whether an expert of this kind can be on a module of this shape.
+
+        Raises:
+            ValueError: it cannot; the message says why, and what would do.
+        """
+        if (rank := self.served_rank(spec)) > MAX_SERVED_RANK:
+            raise ValueError(
+                f"{self.name}: rank {spec.rank} on a {spec.d_in} x {spec.d_out} module makes an "
+                f"update of rank {rank}; kernels take at most {MAX_SERVED_RANK}"
+            )
 
     def validate(self, options: dict[str, Any]) -> None:
         """Check the kind's own options.
@@ -171,6 +208,31 @@ def kaiming_uniform(num_rows: int, fan_in: int, seed: int) -> Tensor:
     bound = 1.0 / math.sqrt(fan_in)
     values = torch.empty(num_rows, fan_in, dtype=torch.float32, device="cpu")
     return values.uniform_(-bound, bound, generator=generator)
+
+
+def seeded(values: Tensor, bound: float) -> Tensor:
+    """float32 numbers, uniform on (-bound, bound), of values on (-1, 1) from `random.uniform`.
+
+    The float64 product is correctly rounded by IEEE 754, hence the same everywhere.
+    """
+    return values.mul_(bound).float()
+
+
+def check_positive(kind: str, options: dict[str, Any], *names: str, most: int = 1 << 62) -> None:
+    """Raises: ValueError: one of the options `names` is there and no integer in [1, most]."""
+    for name in names:
+        value = options.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{kind}: {name} must be a positive integer, got {value!r}")
+        if value > most:
+            raise ValueError(f"{kind}: {name} must be at most {most}, got {value}")
+
+
+def check_choice(kind: str, options: dict[str, Any], name: str, choices: tuple[Any, ...]) -> None:
+    """Raises: ValueError: the option `name` is there and none of `choices`."""
+    if name in options and options[name] not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise ValueError(f"{kind}: {name} must be one of {listed}, got {options[name]!r}")
 
 
 def zeros(*shape: int) -> Tensor:

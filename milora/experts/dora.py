@@ -24,8 +24,10 @@ class Dora(Lora):
     """LoRA's A and B, and the magnitudes m [d_out], which start as the row norms of W."""
 
     name = "dora"
+    summary = "m W' / |W'|, W' = W + B A"
     needs_weight = True
     has_output = True
+    has_products = True
 
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
         return {**super().tensors(spec), "lora_magnitude_vector": (spec.d_out,)}

@@ -16,38 +16,37 @@ N_1's variance makes a fresh A spread exactly like LoRA's. An entry of B moves b
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from milora.experts.base import (
-    ExpertKind,
     ExpertSpec,
-    ExpertWeights,
     WeightSource,
+    check_positive,
     kaiming_uniform,
+    seeded,
     zeros,
 )
+from milora.experts.chain import FactorChain
 from milora.random import uniform
 
 
-class LoraMini(ExpertKind):
+class LoraMini(FactorChain):
     """M_1 kaiming-uniform and M_2 zero, trainable; N_1 and N_2 follow from the spec's seed.
 
     Options: `inner_in` and `inner_out` (the paper's a and b), 64 each.
     """
 
     name = "lora_mini"
+    summary = "N2 M2 M1 N1, N frozen"
+    # Not lora_A and lora_B: PEFT would take tensors of that name for a LoRA of another shape.
+    prefix = "lora_mini"
     defaults: ClassVar[dict[str, Any]] = {"inner_in": 64, "inner_out": 64}
 
-    def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
-        # Not lora_A and lora_B: PEFT would take tensors of that name for a LoRA of another shape.
-        return {
-            "lora_mini_A": (spec.rank, self.option(spec, "inner_in")),
-            "lora_mini_B": (self.option(spec, "inner_out"), spec.rank),
-        }
+    def inner(self, spec: ExpertSpec) -> tuple[int, int]:
+        return self.option(spec, "inner_in"), self.option(spec, "inner_out")
 
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
         shapes = self.tensors(spec)
@@ -56,42 +55,23 @@ class LoraMini(ExpertKind):
             "lora_mini_B": zeros(*shapes["lora_mini_B"]),
         }
 
+    def frozen_shapes(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
+        inner_in, inner_out = self.inner(spec)
+        return {"outer_in": (inner_in, spec.d_in), "outer_out": (spec.d_out, inner_out)}
+
     def frozen(self, spec: ExpertSpec) -> dict[str, Tensor]:
         """`outer_in`: N_1 [inner_in, d_in].  `outer_out`: N_2 [d_out, inner_out]."""
-        inner_in, inner_out = self.option(spec, "inner_in"), self.option(spec, "inner_out")
+        inner_in, inner_out = self.inner(spec)
         return {
             "outer_in": _unit_rows(inner_in, spec.d_in, spec.seed, stream=0),
             "outer_out": _unit_rows(inner_out, spec.d_out, spec.seed, stream=1).T.contiguous(),
         }
 
-    def checksum(self, spec: ExpertSpec, frozen: dict[str, Tensor] | None = None) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted((frozen or self.frozen(spec)).items()):
-            digest.update(f"{name}{list(tensor.shape)}".encode())
-            digest.update(tensor.float().cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
-
     def validate(self, options: dict[str, Any]) -> None:
         super().validate(options)
-        for name, value in options.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"lora_mini: {name} must be a positive integer, got {value!r}")
-
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
-        a = tensors["lora_mini_A"] @ frozen["outer_in"]
-        b = frozen["outer_out"] @ tensors["lora_mini_B"]
-        return ExpertWeights(a, b, spec.scale)
+        check_positive(self.name, options, "inner_in", "inner_out")
 
 
 def _unit_rows(num_rows: int, length: int, seed: int, stream: int) -> Tensor:
-    """[num_rows, length] float32, uniform, variance 1 / length: E‖row‖² = 1.
-
-    √ and the float64 product are correctly rounded by IEEE 754, hence the same everywhere.
-    """
-    return uniform((num_rows, length), seed, stream).mul_(math.sqrt(3.0 / length)).float()
+    """[num_rows, length] float32, uniform, variance 1 / length: E‖row‖² = 1."""
+    return seeded(uniform((num_rows, length), seed, stream), math.sqrt(3.0 / length))

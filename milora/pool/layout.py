@@ -159,7 +159,10 @@ class Layouts(Geometry):
                 f"{', ...' if len(missing) > 3 else ''}, which this pool does not serve; make the "
                 "pool with target_modules that include them"
             )
-        shapes = expected_shapes(self.model, config, blocks)
+        try:
+            shapes = expected_shapes(self.model, config, blocks)
+        except ValueError as error:  # an expert kind that this model's modules cannot have
+            raise AdapterError(f"AdapterPool: {error}") from None
         builder = _Builder()
         for index, block in enumerate(blocks):
             self._add_block(builder, config, index, block, shapes)
@@ -176,7 +179,7 @@ class Layouts(Geometry):
         self, builder: _Builder, config: MiLoRAConfig, index: int, block: Block, shapes: Shapes
     ) -> None:
         width = self.widths[index]
-        has_output = get_kind(config.expert).has_output
+        kind = get_kind(config.expert)
         row = BlockRow(
             torch.full((width, 4), -1, dtype=torch.int64, device="cpu"),
             torch.zeros(width, dtype=torch.int32, device="cpu"),
@@ -188,13 +191,14 @@ class Layouts(Geometry):
             linear = self.linears[index][path]
             column, dtype = linear.column, self.dtypes[index][linear.column]
             spec = spec_of(config, block.path, path, (linear.d_in, linear.d_out))
-            a = builder.run(spec.rank, linear.d_in, dtype)
-            bt = builder.run(spec.rank, linear.d_out, dtype)
-            u = builder.run(1, linear.d_out, torch.float32) if has_output else -1
-            v = builder.run(1, linear.d_out, torch.float32) if has_output else -1
+            rank = kind.served_rank(spec)
+            a = builder.run(rank, linear.d_in, dtype)
+            bt = builder.run(rank, linear.d_out, dtype)
+            u = builder.run(1, linear.d_out, torch.float32) if kind.has_output else -1
+            v = builder.run(1, linear.d_out, torch.float32) if kind.has_output else -1
             builder.experts.append(ExpertPlace(index, column, path, (a, bt, u, v)))
             row.runs[column] = torch.tensor((a, bt, u, v), device="cpu")
-            row.ranks[column] = spec.rank
+            row.ranks[column] = rank
             row.scales[column] = spec.scale
         if config.router and block.experts:
             runs = [

@@ -1,0 +1,106 @@
+"""A chain of factors: dW = scale · B C A, each factor trained, fixed, or made from the seed.
+
+    LoRA        A, B trained                        FFA-LoRA    A from the seed, B trained
+    LoRA-Mini   A = M_1 N_1, B = N_2 M_2, the outer factors N from the seed
+    LoRA-XS     C trained between fixed A and B     LoRA-SB     the same, started from a gradient
+    SLoRA, NLoRA   all three trained                IntTune     C alone
+    LoLDU       a diagonal C between fixed A and B
+    LoRA-GA     A, B trained, and minus B_0 A_0: where training started
+
+What distinguishes them is their flags and their initial values, so each is a few lines.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, WeightSource
+
+
+class FactorChain(ExpertKind):
+    """A [rank, inner_in] and B [inner_out, rank], with what the flags add between and around.
+
+    The inner sizes are the module's d_in and d_out, unless outer factors widen A and B to them:
+    frozen tensors `outer_in` [inner_in, d_in] and `outer_out` [d_out, inner_out].
+
+    Attributes:
+        prefix: of the tensors' names: `<prefix>_A`, `<prefix>_B`, `<prefix>_core`, ...
+        core: "" for no C, "square" for [rank, rank], "diagonal" for [rank].
+    """
+
+    prefix: ClassVar[str]
+    core: ClassVar[str] = ""
+
+    def inner(self, spec: ExpertSpec) -> tuple[int, int]:
+        """inner_in and inner_out."""
+        return spec.d_in, spec.d_out
+
+    def is_anchored(self, spec: ExpertSpec) -> bool:
+        """Whether the fixed product B_0 A_0, the start, is taken off the update.
+
+        A residual base W - scale · B_0 C_0 A_0 would do the same for one adapter; here W is shared
+        with other adapters and stays what it is.
+        """
+        return False
+
+    def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
+        inner_in, inner_out = self.inner(spec)
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{self.prefix}_A": (spec.rank, inner_in),
+            f"{self.prefix}_B": (inner_out, spec.rank),
+        }
+        if self.core:
+            size = (spec.rank, spec.rank) if self.core == "square" else (spec.rank,)
+            shapes[f"{self.prefix}_core"] = size
+        if self.is_anchored(spec):
+            shapes[f"{self.prefix}_start_A"] = (spec.rank, inner_in)
+            shapes[f"{self.prefix}_start_B"] = (inner_out, spec.rank)
+        made = self.frozen_shapes(spec)
+        return {name: shape for name, shape in shapes.items() if name not in made}
+
+    def served_rank(self, spec: ExpertSpec) -> int:
+        return 2 * spec.rank if self.is_anchored(spec) else spec.rank
+
+    def named(self, a: Tensor, b: Tensor, core: Tensor | None = None) -> dict[str, Tensor]:
+        """The factors under their names, contiguous float32 on the CPU."""
+        values = {f"{self.prefix}_A": a, f"{self.prefix}_B": b}
+        if core is not None:
+            values[f"{self.prefix}_core"] = core
+        return {
+            name: value.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+            for name, value in values.items()
+        }
+
+    def anchor(self, spec: ExpertSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` with their own product as the start, where the chain has one: dW is then 0."""
+        if not self.is_anchored(spec):
+            return tensors
+        a, b = self._factors(tensors)
+        start = {f"{self.prefix}_start_A": a.clone(), f"{self.prefix}_start_B": b.clone()}
+        return {**tensors, **start}
+
+    def materialise(
+        self,
+        tensors: dict[str, Tensor],
+        frozen: dict[str, Tensor],
+        spec: ExpertSpec,
+        weight: WeightSource | None = None,
+    ) -> ExpertWeights:
+        a, b = self._factors({**frozen, **tensors})
+        if "outer_in" in frozen:
+            a, b = a @ frozen["outer_in"], frozen["outer_out"] @ b
+        if self.is_anchored(spec):
+            a = torch.cat([a, tensors[f"{self.prefix}_start_A"]])
+            b = torch.cat([b, -tensors[f"{self.prefix}_start_B"]], dim=1)
+        return ExpertWeights(a, b, spec.scale)
+
+    def _factors(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A, and B C: an A that adapters have in common keeps its bits."""
+        a, b = values[f"{self.prefix}_A"], values[f"{self.prefix}_B"]
+        if self.core:
+            core = values[f"{self.prefix}_core"]
+            b = b @ core if self.core == "square" else b * core
+        return a, b

@@ -54,10 +54,11 @@ inline std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
 // `what` is the shape law, e.g. "[num_tokens, 64]"; a size of -1 leaves that dimension free.
 inline void check_shape(const char* op, const char* name, const Tensor& tensor,
                         std::initializer_list<int64_t> sizes, const char* what) {
-  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t i = 0;
+  const auto actual = tensor.sizes();
+  bool same = actual.size() == sizes.size();
+  size_t i = 0;
   for (int64_t size : sizes) {
-    same = same && (size < 0 || tensor.size(i) == size);
+    same = same && (size < 0 || actual[i] == size);
     ++i;
   }
   if (same) [[likely]]
@@ -69,11 +70,26 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor,
   fail(op, name, " must be ", what, " = [", wanted.str(), "], got ", Shape{tensor});
 }
 
+// Where a tensor lies. Asked once per call for the first tensor: each question goes through the
+// stable ABI, and a decode step asks hundreds.
+struct DeviceId {
+  int32_t type, index;
+  bool operator==(const DeviceId&) const = default;
+};
+inline DeviceId device_of(const Tensor& tensor) {
+  DeviceId device{};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
+                              const DeviceId& device) {
+  check(device_of(tensor) == device, op, name,
+        " must be on the device of the first tensor, got another one");
+}
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
                               const Tensor& like) {
-  check(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
-            tensor.get_device_index() == like.get_device_index(),
-        op, name, " must be on the device of the first tensor, got another one");
+  check_same_device(op, name, tensor, device_of(like));
 }
 
 // Rows may be strided; a row itself is one run.

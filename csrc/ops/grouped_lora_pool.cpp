@@ -31,8 +31,9 @@ void check_tables(const GroupedLoraPoolParams& p, const Tensor& x, const Tensor&
   const std::pair<const char*, const Tensor*> tables[] = {
       {"pool", &pool},   {"offsets", &offsets},   {"ranks", &ranks},          {"scales", &scales},
       {"gates", &gates}, {"route_of", &route_of}, {"adapter_of", &adapter_of}};
+  const DeviceId device = device_of(x);
   for (const auto& [name, table] : tables) {
-    check_same_device(kOp, name, *table, x);
+    check_same_device(kOp, name, *table, device);
     check_contiguous(kOp, name, *table);
   }
   check(reinterpret_cast<uintptr_t>(pool.const_data_ptr()) % 16 == 0, kOp,

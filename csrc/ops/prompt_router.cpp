@@ -1,4 +1,6 @@
 // milora::prompt_router, its form for weights in the adapter pool, and the backward.
+#include <memory>
+
 #include "common/cuda_runtime.h"
 #include "kernels/prompt_router/cpu.h"
 #include "kernels/prompt_router/cuda.h"
@@ -17,9 +19,10 @@ struct Table {
 };
 
 void check_tables(const char* op, const Tensor& h, std::initializer_list<Table> tables) {
+  const DeviceId device = device_of(h);
   for (const Table& table : tables) {
     check_dtype(op, table.name, table.tensor, table.type);
-    check_same_device(op, table.name, table.tensor, h);
+    check_same_device(op, table.name, table.tensor, device);
     check_contiguous(op, table.name, table.tensor);
   }
 }
@@ -162,13 +165,13 @@ void run_cpu(const char* op, const PromptRouterParams& p) {
   check_values(op, p);
   const ChunkPlan plan = cut_chunks(p);
   const auto num_chunks = static_cast<int64_t>(plan.chunks.size());
-  std::vector<float> scratch(num_chunks * (p.d + 2));
+  const std::unique_ptr<float[]> scratch(new float[num_chunks * (p.d + 2)]);
   RouterWork work{p,
                   plan.chunks.data(),
                   plan.first_chunk.data(),
-                  scratch.data(),
-                  scratch.data() + num_chunks,
-                  scratch.data() + 2 * num_chunks};
+                  scratch.get(),
+                  scratch.get() + num_chunks,
+                  scratch.get() + 2 * num_chunks};
   const PromptRouterCpu& kernels = prompt_router_cpu();
   const bool parallel = p.num_tokens * p.d > kParallelElements;
   run_tasks(num_chunks, parallel, [&](int64_t i) { kernels.pool(work, i, i + 1); });

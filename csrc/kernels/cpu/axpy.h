@@ -2,10 +2,9 @@
 //
 // A step multiplies one or two rows of w: FmaStep one in float32; PairStep two at once in bf16,
 // with the coefficients rounded to bf16, as torch rounds them between its two products. Each output
-// has one accumulator and goes through its steps in order, whatever the loop around it: axpy_row
-// keeps 256 columns in registers, axpy_stream walks w in the order of memory with the sums in L1,
-// axpy_panel has w repacked in
-// L2 and serves many rows. All three give the same bits.
+// has one accumulator and goes through its steps in order, whatever the loop around it: axpy_stream
+// walks w in the order of memory with the sums in L1, axpy_panel has w repacked in L2 and serves
+// many rows. Both give the same bits.
 #pragma once
 
 #include <type_traits>
@@ -19,11 +18,10 @@ namespace {
 // 6 x 2 + 2 + 1 of 16.
 constexpr int kAxpyRows = 6;
 constexpr int kAxpyVecs = kNumRegisters == 32 ? 4 : 2;
-constexpr int kWideVecs = kNumRegisters == 32 ? 16 : 8;  // one row: long runs of w
-constexpr int kStrip = 64;                               // columns of a packed strip of w
-constexpr int kStreamRows = 4;                           // output rows of axpy_stream at most
-constexpr int kStreamDepth = 8;                          // rows of w it takes at once
-constexpr int kStreamFloats = 4096;                      // of its sums: 16 KB, half of L1
+constexpr int kStrip = 64;           // columns of a packed strip of w
+constexpr int kStreamRows = 4;       // output rows of axpy_stream at most
+constexpr int kStreamDepth = 8;      // rows of w it takes at once
+constexpr int kStreamFloats = 4096;  // of its sums: 16 KB, half of L1
 static_assert(kStrip % (kAxpyVecs * kLanes) == 0, "a packed strip holds whole blocks");
 
 // ---- steps ----
@@ -102,8 +100,6 @@ inline void pack_coefs(const float* coef, int64_t row, int64_t stride_k, int64_t
   }
 }
 
-// ---- one row, w in any order ----
-
 // acc[m][v] = sum_k coef[m * coef_row + k * coef_k] * w[k * w_stride + v * kLanes ...]
 template <int MR, int NV, class Step, class TW>
 MILORA_ALWAYS_INLINE inline void axpy_block(const float* coef, int64_t coef_row, int64_t coef_k,
@@ -123,32 +119,6 @@ MILORA_ALWAYS_INLINE inline void axpy_block(const float* coef, int64_t coef_row,
   }
   for (int m = 0; m < MR; ++m) {
     for (int v = 0; v < NV; ++v) acc[m][v] = sums[m][v];
-  }
-}
-
-// One vector of n <= kLanes columns.
-template <class TW>
-inline Vec axpy_first(const float* coef, int64_t coef_k, int64_t num_k, const TW* w,
-                      int64_t w_stride, int64_t n, Vec acc) {
-  for (int64_t k = 0; k < num_k; ++k) {
-    acc = fma(set1(coef[k * coef_k]), load_upto(w + k * w_stride, n), acc);
-  }
-  return acc;
-}
-
-// Columns [0, num_cols) of one output row; emit(column, vector, count) takes each vector.
-template <class TW, class Emit>
-inline void axpy_row(const float* coef, int64_t coef_k, int64_t num_k, const TW* w,
-                     int64_t w_stride, int64_t num_cols, const Emit& emit) {
-  int64_t c = 0;
-  for (; c + kWideVecs * kLanes <= num_cols; c += kWideVecs * kLanes) {
-    Vec acc[1][kWideVecs];
-    axpy_block<1, kWideVecs, FmaStep<TW>>(coef, 0, coef_k, num_k, w + c, w_stride, acc);
-    for (int v = 0; v < kWideVecs; ++v) emit(c + v * kLanes, acc[0][v], kLanes);
-  }
-  for (; c < num_cols; c += kLanes) {
-    const int64_t n = num_cols - c < kLanes ? num_cols - c : kLanes;
-    emit(c, axpy_first(coef, coef_k, num_k, w + c, w_stride, n, zero()), n);
   }
 }
 

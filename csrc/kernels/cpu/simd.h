@@ -33,6 +33,12 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float value) { return _mm512_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
+// a where x <= limit, b elsewhere and where x is NaN.
+inline Vec select_le(Vec x, Vec limit, Vec a, Vec b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LE_OQ), b, a);
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Lanes 8 apart, then 4, 2, 1: the tree that sum_block follows too.
 inline float sum(Vec a) {
@@ -117,6 +123,11 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float value) { return _mm256_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Vec select_le(Vec x, Vec limit, Vec a, Vec b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, limit, _CMP_LE_OQ));
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline float sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -175,6 +186,9 @@ inline Vec zero() { return Vec{0, 0, 0, 0}; }
 inline Vec set1(float value) { return Vec{value, value, value, value}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec abs(Vec a) { return Vec{fabsf(a[0]), fabsf(a[1]), fabsf(a[2]), fabsf(a[3])}; }
+inline Vec select_le(Vec x, Vec limit, Vec a, Vec b) { return x <= limit ? a : b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // two roundings, the same everywhere
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline Vec max_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }

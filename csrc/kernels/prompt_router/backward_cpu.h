@@ -37,8 +37,9 @@ void head_backward_prompt(const RouterBackwardWork& work, int64_t prompt) {
                  work.p.dgates + prompt * p.num_experts, dlogits);
 
   const float factor = rms_factor(codes, pooled, p.d);
-  axpy_row(dlogits, 1, codes.num_experts, w_r, p.d, p.d,
-           [&](int64_t c, Vec acc, int64_t n) { store_upto(dvector + c, acc, n); });
+  axpy_stream<1, FmaStep<float>>(
+      dlogits, codes.num_experts, codes.num_experts, w_r, p.d, p.d,
+      [&](int64_t, int64_t c, Vec acc, int64_t n) { store_upto(dvector + c, acc, n); });
   for (int i = 0; i < kNumCoefs; ++i) dcoef[i] = 0;
   constexpr int64_t kBlock = 64;  // coefficients' sums in two levels: d terms in one would drift
   for (int64_t c0 = 0; c0 < p.d; c0 += kBlock) {
@@ -67,13 +68,12 @@ void dots_chunk(const RouterBackwardWork& work, int64_t index) {
   const RouterChunk& chunk = work.chunks[index];
   const int64_t router = p.router_of[chunk.prompt];
   if (p.codes[router].pooler != Pooler::kSelfAttention) return;
-  const T* rows[kRouterChunk];
+  const T* h = static_cast<const T*>(p.h) + chunk.begin * p.h_stride;
   const int64_t n = chunk.end - chunk.begin;
-  for (int64_t t = 0; t < n; ++t) {
-    rows[t] = static_cast<const T*>(p.h) + (chunk.begin + t) * p.h_stride;
-  }
-  dot_rows(rows, n, p.w_sa + router * p.d, p.d, 1, p.d, work.scores + chunk.begin, 1);
-  dot_rows(rows, n, work.dvector + chunk.prompt * p.d, p.d, 1, p.d, work.dots + chunk.begin, 1);
+  const float* w_sa = p.w_sa + router * p.d;
+  const float* dvector = work.dvector + chunk.prompt * p.d;
+  dot_rows(&w_sa, 1, h, p.h_stride, n, p.d, work.scores + chunk.begin, n);
+  dot_rows(&dvector, 1, h, p.h_stride, n, p.d, work.dots + chunk.begin, n);
 }
 
 // Scores become softmax weights, dots become gradients of the scores; max: the first maximum.
@@ -156,9 +156,10 @@ void scatter_chunk(const RouterBackwardWork& work, int64_t index) {
   }
   if (pooler == Pooler::kSelfAttention) {
     const T* h = static_cast<const T*>(p.h) + chunk.begin * p.h_stride;
-    axpy_row(work.dots + chunk.begin, 1, n, h, p.h_stride, p.d, [&](int64_t c, Vec acc, int64_t m) {
-      store_upto(work.dw_sa + index * p.d + c, acc, m);
-    });
+    axpy_stream<1, FmaStep<T>>(work.dots + chunk.begin, n, n, h, p.h_stride, p.d,
+                               [&](int64_t, int64_t c, Vec acc, int64_t m) {
+                                 store_upto(work.dw_sa + index * p.d + c, acc, m);
+                               });
   }
 }
 

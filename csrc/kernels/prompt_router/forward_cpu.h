@@ -3,9 +3,9 @@
 //   u_t = h_t . w_sa,  a = softmax(u) over the span,  pooled = sum_t a_t h_t   (or mean, max, last)
 //   p = softmax(W_r g(norm(pooled))),  gates = top_k of p
 //
-// Data flow: a chunk of 32 tokens is read for its scores and, still in L2, for its weighted sum;
-// the partials are rescaled to the prompt's maximum and added in order. H is read from memory once:
-// bytes = num_tokens * d * itemsize, 4 FLOPs an element.
+// Data flow: a chunk of 32 tokens is read for its scores, in the order of memory, and, still in L2,
+// for its weighted sum; the partials are rescaled to the prompt's maximum and added in order. H is
+// read from memory once: bytes = num_tokens * d * itemsize, 4 FLOPs an element.
 #pragma once
 
 #include "kernels/cpu/axpy.h"
@@ -30,16 +30,16 @@ void pool_chunk(const RouterWork& work, int64_t index) {
   const T* h = static_cast<const T*>(p.h) + chunk.begin * p.h_stride;
   float* vector = work.vectors + index * p.d;
   const auto weighted_sum = [&](const float* weights) {
-    axpy_row(weights, 1, n, h, p.h_stride, p.d,
-             [&](int64_t c, Vec acc, int64_t count) { store_upto(vector + c, acc, count); });
+    axpy_stream<1, FmaStep<T>>(weights, n, n, h, p.h_stride, p.d,
+                               [&](int64_t, int64_t c, Vec acc, int64_t count)
+                                   MILORA_ALWAYS_INLINE { store_upto(vector + c, acc, count); });
   };
 
   float weights[kRouterChunk];
   switch (pooler) {
     case Pooler::kSelfAttention: {
-      const T* rows[kRouterChunk];
-      for (int64_t t = 0; t < n; ++t) rows[t] = h + t * p.h_stride;
-      dot_rows(rows, n, router_weights(p, router).w_sa, p.d, 1, p.d, weights, 1);
+      const float* w_sa = router_weights(p, router).w_sa;
+      dot_rows(&w_sa, 1, h, p.h_stride, n, p.d, weights, n);
       float top = weights[0];
       for (int64_t t = 1; t < n; ++t) top = max_or_nan(top, weights[t]);
       float total = 0;
@@ -57,13 +57,14 @@ void pool_chunk(const RouterWork& work, int64_t index) {
       weighted_sum(weights);
       break;
     case Pooler::kMax:
-      for (int64_t c = 0; c < p.d; c += kLanes) {
-        const int64_t count = p.d - c < kLanes ? p.d - c : kLanes;
-        Vec best = load_upto(h + c, count);
-        for (int64_t t = 1; t < n; ++t) {
-          best = max_or_nan(best, load_upto(h + t * p.h_stride + c, count));
+      for (int64_t t = 0; t < n; ++t) {
+        const T* row = h + t * p.h_stride;
+        for (int64_t c = 0; c < p.d; c += kLanes) {
+          const int64_t count = p.d - c < kLanes ? p.d - c : kLanes;
+          const Vec value = load_upto(row + c, count);
+          const Vec best = t == 0 ? value : max_or_nan(load_upto(vector + c, count), value);
+          store_upto(vector + c, best, count);
         }
-        store_upto(vector + c, best, count);
       }
       break;
     case Pooler::kLast: {
@@ -127,6 +128,39 @@ inline float rms_factor(const RouterCodes& codes, const float* pooled, int64_t d
   return 1.0f / sqrtf(squares / static_cast<float>(d) + kRmsEpsilon);
 }
 
+// The rational activation of math.h, a vector at a time: polynomials in x up to |x| = 1, in 1/x
+// beyond, where the coefficients go backwards.
+inline Vec rational(Vec x, const float* a, const float* b) {
+  const Vec one = set1(1.0f), size = abs(x);
+  const auto pick = [&](Vec inside, Vec outside)
+                        MILORA_ALWAYS_INLINE { return select_le(size, one, inside, outside); };
+  const Vec u = pick(x, div(one, x));
+  Vec p = pick(set1(a[6]), set1(a[0]));
+  for (int i = 5; i >= 0; --i) p = fma(p, u, pick(set1(a[i]), set1(a[6 - i])));
+  Vec q = pick(set1(b[4]), set1(b[0]));
+  for (int i = 3; i >= 0; --i) q = fma(q, u, pick(set1(b[i]), set1(b[4 - i])));
+  const Vec u2 = mul(u, u);
+  const Vec low = pick(one, mul(abs(u), mul(u2, u2)));
+  const Vec high = abs(pick(mul(q, u), q));
+  return mul(pick(one, size), div(p, add(low, high)));
+}
+
+// out[c] = g(factor x[c]) for n columns.
+inline void activate_row(Activation kind, const float* coef, const float* x, float factor,
+                         int64_t n, float* out) {
+  if (kind == Activation::kGelu) {
+    for (int64_t c = 0; c < n; ++c) out[c] = activate(kind, factor * x[c], coef);
+    return;
+  }
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const int64_t count = n - c < kLanes ? n - c : kLanes;
+    const Vec scaled = mul(set1(factor), load_upto(x + c, count));
+    const bool relu = kind == Activation::kRelu;
+    store_upto(out + c, relu ? max_or_nan(zero(), scaled) : rational(scaled, coef, coef + 7),
+               count);
+  }
+}
+
 void head_prompt(const RouterWork& work, int64_t prompt) {
   const PromptRouterParams& p = work.p;
   float* pooled = work.p.pooled + prompt * p.d;
@@ -149,9 +183,7 @@ void head_prompt(const RouterWork& work, int64_t prompt) {
   for (int64_t c0 = 0; c0 < p.d; c0 += kBlock) {
     const int64_t n = p.d - c0 < kBlock ? p.d - c0 : kBlock;
     float block[kBlock], partial[kMaxExperts];
-    for (int64_t c = 0; c < n; ++c) {
-      block[c] = activate(codes.activation, factor * pooled[c0 + c], weights.coef);
-    }
+    activate_row(codes.activation, weights.coef, pooled + c0, factor, n, block);
     const float* rows[1] = {block};
     dot_rows(rows, 1, weights.w_r + c0, weights.w_r_stride, codes.num_experts, n, partial,
              codes.num_experts);

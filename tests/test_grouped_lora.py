@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -207,12 +208,48 @@ def test_pool_is_batch_invariant(dtype, path, device):
             assert torch.equal(y[0], together[s][t]), f"token {t}, slice {s}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pool_bits_at_any_batch_shape_and_order(dtype, isa):
+    """Every block shape and way of cutting the work: 1 to 150 rows, shuffled, 1 to 4 threads."""
+    route_of = (0,) * 70 + (1, 2, 0, 3) * 20
+    case = Case("shapes", 150, (32, 7, 65, 256), 520, (600, 70, 129), route_of, (0, 1, 2, 3), True)
+    inputs = pool_inputs(case, dtype)
+    inputs["gates"][1, 1] = inputs["gates"][3, 2] = 0
+    together = run_pool(inputs)
+    for count in (1, 2, 3, 4, 5, 7, 11, 12, 13, 16, 17, 64, 65, 100, 150):
+        tokens = torch.randperm(case.num_tokens)[:count]
+        part = {
+            **inputs,
+            "y": [y[tokens] for y in inputs["y"]],
+            "x": inputs["x"][tokens],
+            "route_of": inputs["route_of"][tokens],
+        }
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for s, y in enumerate(run_pool(part)):
+                assert torch.equal(y, together[s][tokens]), f"{count} rows, slice {s}"
+
+
 def test_pool_does_not_depend_on_threads():
-    case = Case("threads", 64, (32, 64), 1024, (1024,), (0, 1), (0, 1))
-    inputs = pool_inputs(case, torch.bfloat16)
-    two = run_pool(inputs)[0]
-    torch.set_num_threads(1)
-    assert torch.equal(run_pool(inputs)[0], two)
+    for num_tokens, adapters in ((64, (0, 1)), (2, (0, 1)), (1, (1,))):
+        case = Case("threads", num_tokens, (32, 64), 1024, (1024,), adapters, (0, 1))
+        inputs = pool_inputs(case, torch.bfloat16)
+        torch.set_num_threads(1)
+        one = run_pool(inputs)[0]
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            for _ in range(20):  # which thread takes which task differs from run to run
+                assert torch.equal(run_pool(inputs)[0], one)
+
+
+def test_pool_from_several_threads_at_once():
+    """Python threads that call at once, each with its own scratch."""
+    case = Case("nested", 8, (32, 64), 1024, (1024, 512), (0, 1), (0, 1))
+    inputs = pool_inputs(case, torch.float32)
+    want = run_pool(inputs)
+    with ThreadPoolExecutor(4) as threads:
+        for got in threads.map(lambda _: run_pool(inputs), range(40)):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def train_inputs(case: Case, dtype: torch.dtype) -> tuple[list, list]:

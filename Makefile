@@ -4,6 +4,7 @@
 #   make test-all    all tests, and routing and checkpointing with the oldest transformers
 #   make lint        ruff and clang-format; `make format` applies them
 #   make bench       every benchmark, JSON lines into build/bench.jsonl (ARGS=--quick)
+#   make bench-cpp   the CPU kernels alone, without Python and torch   (ARGS="--isa all")
 #   make gpu-check   build the CUDA kernels, test and time them; needs a GPU and nvcc
 # PYTHON chooses the interpreter of a new .venv, TORCH torch's version, VENV the folder.
 
@@ -20,7 +21,7 @@ SOURCES := $(shell find csrc third_party -type f) CMakeLists.txt setup.py pyproj
 CPP_SOURCES = $(shell find csrc $(wildcard bench/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TF517_TESTS = $(sort $(wildcard tests/test_routing*.py tests/test_checkpointing*.py))
 
-.PHONY: demo test test-all test-slow test-tf517 lint format bench gpu-check clean
+.PHONY: demo test test-all test-slow test-tf517 lint format bench bench-cpp gpu-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/milora demo $(ARGS)
@@ -51,6 +52,13 @@ format: $(VENV)/.requirements
 bench: $(VENV)/.built
 	mkdir -p build
 	$(BIN)/milora bench --json build/bench.jsonl $(ARGS)
+
+bench-cpp: $(VENV)/.requirements
+	PATH="$(abspath $(BIN)):$$PATH" cmake -GNinja -S . -B build/bench -DMILORA_BENCH=ON
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bench
+	for noun in grouped_lora prompt_router; do \
+	  build/bench/bench/cpp/bench_$$noun --json build/bench.jsonl $(ARGS) || exit 1; \
+	done
 
 gpu-check: $(VENV)/.built-cuda
 	PYTHON="$(abspath $(BIN))/python" bench/gpu_check.sh $(ARGS)

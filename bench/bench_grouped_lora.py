@@ -144,7 +144,8 @@ class Problem:
 
 def pool_op(op: Callable) -> Callable[[Problem, Weights], None]:
     def run(p: Problem, w: Weights) -> None:
-        op(p.y, p.x, w.pool, *p.tables, list(range(len(p.y))))
+        path = ops.DECODE if p.case.kind == "decode" else ops.PREFILL
+        op(p.y, p.x, w.pool, *p.tables, list(range(len(p.y))), path)
 
     return run
 

@@ -71,7 +71,7 @@ def decode(s: Setting, case: str, tenants: Tenants, providers: dict, prompts) ->
 def prefill(s: Setting, case: str, tenants: Tenants, providers: dict, prompts) -> None:
     inputs = {"input_ids": prompts, "use_cache": True, "logits_to_keep": 1}
     runs = {name: Run(lambda p=provider: p(**inputs)) for name, provider in providers.items()}
-    times = interleaved(runs, s.args.device, s.args.repeat or 8, s.args.seconds)
+    times = interleaved(runs, s.args.device, s.args.repeat or 8, 2 * s.args.seconds)
     for name, provider in providers.items():
         flops = tenants.active_flops(provider.gates, prompts.shape[1])
         floor = flops_floor(s, times["base"], flops, prompts.numel())

@@ -59,7 +59,7 @@ def run(s: Setting) -> None:
         "milora": Run(Training(ours, inputs).step),
         "peft": Run(Training(theirs, inputs).step),
     }
-    times = interleaved(runs, device, s.args.repeat or 4, s.args.seconds)
+    times = interleaved(runs, device, s.args.repeat or 4, 2 * s.args.seconds)
     # Forward and gradient of x for the base; forward and two gradients for an adapter.
     head = s.shape.hidden * s.shape.vocab
     rate = 4 * (s.shape.linear_weights + head) * ids.numel() / times["base"].best

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 import milora
+from milora import _build
 from milora.cli import main
 from milora.cli.bench import BENCHES
 from milora.errors import UserError
@@ -251,3 +254,36 @@ def test_without_a_checkout_the_command_says_so(tmp_path, monkeypatch, capsys):
         from milora.cli.bench import checkout
 
         checkout()
+
+
+# ---- the C++ benches --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_cpp_benches_build_without_torch_and_write_the_same_lines(tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake = shutil.which("cmake", path=path)
+    build, lines = tmp_path / "build", tmp_path / "cpp.jsonl"
+    for command in (
+        [cmake, "-GNinja", "-S", ROOT, "-B", build, "-DMILORA_BENCH=ON"],
+        [cmake, "--build", build],
+    ):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    for noun in ("grouped_lora", "prompt_router"):
+        program = build / "bench" / "cpp" / f"bench_{noun}"
+        options = ["--quick", "--repeat", "2", "--threads", "2", "--isa", "all", "--json", lines]
+        done = subprocess.run([program, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+        assert "torch" not in linked and "python" not in linked
+        assert subprocess.run([program, "--isa", "none"], check=False).returncode == 2
+    records = records_of(lines)
+    assert all(r.keys() >= FIELDS for r in records)
+    assert {r["bench"] for r in records} == {"grouped_lora_cpp", "prompt_router_cpp"}
+    assert {r["isa"] for r in records} == set(_build.cpu_isas())
+    kinds = {r["case"].split()[0] for r in records}
+    assert kinds == {"decode", "prefill", "backward", "forward"}

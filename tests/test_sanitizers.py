@@ -2,7 +2,7 @@
 
 A second library is built with MILORA_SANITIZE (about a minute on two cores the first time, kept
 under build/), and the tests of the ops run with it in a process of their own, in which every
-tensor's memory has guards on both sides.
+tensor's memory has guards on both sides. What the sanitizers cannot see, guard pages show.
 """
 
 from __future__ import annotations
@@ -95,6 +95,12 @@ def run(environment: dict[str, str], *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def report_in(output: str) -> str:
+    """Where a sanitizer speaks, from there on; otherwise how pytest ended."""
+    found = re.search(r"==\d+==ERROR: AddressSanitizer|\S+: runtime error:", output)
+    return output[found.start() :][:6000] if found else output[-6000:]
+
+
 def test_the_sanitizers_are_on(environment):
     """A process that writes one byte too far is ended, and the library is built to say so."""
     compiled = LIBRARY.read_bytes()
@@ -109,7 +115,7 @@ def test_ops_stay_inside_their_tensors(environment):
     files = [str(TESTS / name) for name in TESTED]
     options = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-k", SELECTED]
     status, output = run(environment, "-m", "pytest", *options, *files)
-    assert status == 0, output[-6000:]
+    assert status == 0, report_in(output)
     passed = int(re.search(r"(\d+) passed", output)[1])
     assert passed > 500, output[-6000:]  # skipped: what needs a GPU or another CPU
 
@@ -118,3 +124,13 @@ def test_the_process_uses_the_sanitized_library(environment):
     code = "import milora; print(milora._build.LIBRARY_PATH)"
     status, output = run(environment, "-c", code)
     assert status == 0 and output.strip().splitlines()[-1] == str(LIBRARY)
+
+
+def test_no_byte_beside_a_tensor_is_touched():
+    """The ordinary library, on tensors beside pages that nobody may read; see guard_pages.py."""
+    command = [sys.executable, str(TESTS / "guard_pages.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert int(done.stdout.split()[-1]) > 500
+    fault = subprocess.run([*command, "--fault"], capture_output=True, text=True)
+    assert fault.returncode < 0 and "Fatal Python error" in fault.stderr

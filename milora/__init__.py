@@ -28,6 +28,7 @@ from milora.attach import (
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError, PoolError, UserError
 from milora.export import export_route
+from milora.merge import merge
 from milora.pool import AdapterPool
 from milora.route_cache import held_by as routing_state
 from milora.routing import RoutingState
@@ -54,6 +55,7 @@ __all__ = [
     "disabled",
     "export_route",
     "load",
+    "merge",
     "ops",
     "pin_route",
     "prompt_lengths",

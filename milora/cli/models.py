@@ -109,6 +109,24 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto"):
     return loaded.to(device).eval(), tokenizer
 
 
+def meta_model(model: str):
+    """The causal language model in a folder without its weights: shapes alone, on the meta device.
+
+    Raises:
+        UserError: no such model, or not a causal language model.
+    """
+    import torch
+
+    go_offline()
+    quiet()
+    import transformers
+
+    config = _load_config(model, local=True)
+    _check_causal(model, config)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def load_adapter(model, adapter: str) -> None:
     """Put a saved adapter on a model.
 

@@ -93,6 +93,32 @@ def config_of_lora(
     raise AdapterError(f"{folder}: this LoRA cannot be read as experts:\n{listed}")
 
 
+def scales_of_lora(
+    data: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
+) -> dict[str, float]:
+    """Each module's factor on B A, by its path, without the model.
+
+    Raises:
+        milora.AdapterError: it is no plain LoRA.
+    """
+    problems = _unsupported(data)
+    if data.get("use_dora"):
+        problems.append("use_dora: a DoRA is no low-rank update")
+    scales = {}
+    for path in sorted({_module_path(key) for key in shapes}) if not problems else ():
+        alpha = _pattern(data.get("alpha_pattern") or {}, path)
+        alpha = data.get("lora_alpha", 8) if alpha is None else alpha
+        rank = (shapes.get(f"{PREFIX}{path}.lora_A.weight") or (0,))[0]
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or rank < 1:
+            problems.append(f"{path}: alpha {alpha!r} and rank {rank!r} give no scale")
+        else:
+            scales[path] = alpha / (rank**0.5 if data.get("use_rslora") else rank)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise AdapterError(f"{folder}: this LoRA cannot be merged:\n{listed}")
+    return scales
+
+
 def _unsupported(data: dict[str, Any]) -> list[str]:
     """What the config asks for and an expert cannot do, options of later releases included.
 

@@ -78,7 +78,7 @@ def test_the_sdist_holds_sources_only(dist):
         "README.md",
         "LICENSE",
         "csrc/bindings.cpp",
-        "csrc/kernels/grouped_lora/pool.cu",
+        "csrc/kernels/grouped_lora/decode/decode.cu",
         "third_party/FindCutlass.cmake",
         "milora/__init__.py",
     ):

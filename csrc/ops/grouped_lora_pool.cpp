@@ -1,7 +1,8 @@
 // milora::grouped_lora_: y[s][t] += g (scale B A x[t] + u y[s][t] + v), weights read from the pool.
 #include "common/cuda_runtime.h"
 #include "kernels/grouped_lora/cpu.h"
-#include "kernels/grouped_lora/cuda.h"
+#include "kernels/grouped_lora/decode/decode.h"
+#include "kernels/grouped_lora/prefill.h"
 #include "kernels/grouped_lora/tasks.h"
 #include "ops/ops.h"
 
@@ -73,6 +74,18 @@ void run_cpu(const GroupedLoraPoolParams& params) {
   run_on_threads(threads, [&work, shared = &tasks] { shared->run(work); });
 }
 
+// On the current device and stream. The workspace goes back to torch's allocator at once: what
+// takes it next is queued on the same stream.
+int launch_cuda(const GroupedLoraPoolParams& p, int64_t path, const Tensor& x, void* stream) {
+  const bool decode = path == kDecodePath;
+  const int64_t bytes =
+      decode ? grouped_lora_decode_workspace(p) : grouped_lora_prefill_workspace(p);
+  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  void* memory = workspace.mutable_data_ptr();
+  return decode ? grouped_lora_decode_cuda(p, memory, stream)
+                : grouped_lora_prefill_cuda(p, memory, stream);
+}
+
 }  // namespace
 
 void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
@@ -124,7 +137,7 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
 
   if (p.num_tokens == 0 || p.num_adapters == 0) return;
   if (x.is_cuda()) {
-    run_cuda(kOp, x, [&](void* stream) { return grouped_lora_pool_cuda(p, stream); });
+    run_cuda(kOp, x, [&](void* stream) { return launch_cuda(p, path, x, stream); });
   } else {
     run_cpu(p);
   }

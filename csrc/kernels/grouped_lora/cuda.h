@@ -1,4 +1,4 @@
-// CUDA launches of grouped_lora_, grouped_lora and its backward. Each returns a cudaError_t as int.
+// CUDA launches of grouped_lora and its backward. Each returns a cudaError_t as int.
 #pragma once
 
 #include "kernels/grouped_lora/params.h"
@@ -6,7 +6,6 @@
 namespace milora {
 
 #ifdef MILORA_CUDA
-int grouped_lora_pool_cuda(const GroupedLoraPoolParams& params, void* stream);
 int64_t grouped_lora_cuda_scratch(const GroupedLoraParams& params);
 int grouped_lora_cuda(const GroupedLoraParams& params, void* scratch, void* stream);
 int64_t grouped_lora_backward_cuda_scratch(const GroupedLoraBackwardParams& params);
@@ -14,7 +13,6 @@ int grouped_lora_backward_cuda(const GroupedLoraBackwardParams& params, void* sc
                                void* stream);
 #else
 // Never reached: run_cuda fails first.
-inline int grouped_lora_pool_cuda(const GroupedLoraPoolParams&, void*) { return 0; }
 inline int64_t grouped_lora_cuda_scratch(const GroupedLoraParams&) { return 0; }
 inline int grouped_lora_cuda(const GroupedLoraParams&, void*, void*) { return 0; }
 inline int64_t grouped_lora_backward_cuda_scratch(const GroupedLoraBackwardParams&) { return 0; }

@@ -21,7 +21,7 @@ from test_grouped_lora import (
     train_inputs,
 )
 from test_prompt_router import check as check_router
-from test_prompt_router import router_inputs
+from test_prompt_router import in_pool, router_inputs
 from test_prompt_router import run as run_router
 from tolerance import assert_as_good_as_torch
 
@@ -362,21 +362,25 @@ def test_router_unaligned_rows(shift, isa):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("function", ["prompt_router", "prompt_router_pool"])
 @pytest.mark.parametrize("seed", range(3))
-def test_router_refuses_hostile_tables(seed, isa):
+def test_router_refuses_hostile_tables(seed, function, isa):
     rng = random.Random(seed)
     codes = [(0, 0, 0, 0, 3, 7), (1, 1, 1, 1, 2, 5), (2, 2, 0, 2, 1, 1), (3, 0, 1, 0, 7, 7)]
     refused = 0
     for _ in range(60):
         inputs = router_inputs(d=5, spans=[(0, 3), (3, 4), (6, 9)], codes=codes, num_tokens=9)
-        for name in ("spans", "router_of", "codes"):
-            if rng.random() < 0.5:
+        if function == "prompt_router_pool":
+            inputs = in_pool(inputs)
+        for name in ("spans", "router_of", "codes", "offsets"):
+            if name in inputs and rng.random() < 0.5:
                 table = inputs[name].flatten()
-                table[rng.randrange(len(table))] = rng.choice(HOSTILE)
+                values = HOSTILE_OFFSETS if name == "offsets" else HOSTILE
+                table[rng.randrange(len(table))] = rng.choice(values)
         try:
-            ops.prompt_router(**inputs)
+            getattr(ops, function)(**inputs)
         except RuntimeError as error:
-            assert str(error).startswith("prompt_router: "), error
+            assert str(error).startswith(f"{function}: "), error
             refused += 1
     assert 10 < refused < 60
 

@@ -31,7 +31,8 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0], ("c1", "c2", "c3", "c4", "t1"))
     options.add_argument("--shape", type=Shape.parse, default=Shape(),
                          help="hidden,layers,heads,intermediate,vocab")  # fmt: skip
-    options.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    options.add_argument("--provider", nargs="+", choices=PROVIDERS, default=None,
+                         help="default: all; on a GPU all but the slow reference")  # fmt: skip
     options.add_argument("--rank", type=int, nargs="+", default=[32])
     options.add_argument("--batch", type=int, nargs="+", default=[8])
     options.add_argument(
@@ -55,6 +56,8 @@ def main() -> None:
             min(64, args.train_tokens),
         )
         args.repeat = args.repeat or 4
+    if args.provider is None:
+        args.provider = [p for p in PROVIDERS if p != "reference" or args.device == "cpu"]
     report = Report("multitenant", args)
     bandwidth = 0.0
     for name in args.dtype:

@@ -142,7 +142,7 @@ def make_runs(p: Problem) -> dict[str, Callable[[], object]]:
     elif case.kind == "pool":
         runs = {
             "milora": lambda: in_pool(ops.prompt_router_pool),
-            "reference": lambda: in_pool(reference.prompt_router_pool),
+            "reference": lambda: reference.prompt_router(*p.tensors()),
             "stacked": lambda: stacked(*p.tensors()),
         }
     else:

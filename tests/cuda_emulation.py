@@ -24,7 +24,7 @@ def build(name: str, folder: Path) -> ctypes.CDLL:
         pytest.skip("the emulator needs a C++ compiler on x86-64")
     library = folder / f"lib{name}.so"
     command = [
-        *(compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-mf16c", "-mfma"),
+        *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-mf16c", "-mfma"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *(f"-I{SOURCES}", f"-I{ROOT / 'csrc'}", SOURCES / f"{name}.cpp", "-o", library),
     ]
@@ -33,10 +33,34 @@ def build(name: str, folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+class PoolArguments(ctypes.Structure):
+    """tests/cuda_emulator/pool_arguments.h, from the arguments of grouped_lora_ by name."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("sizes", "y", "y_stride", "d_out", "experts", "x", "pool", "offsets", "ranks"),
+            *("scales", "gates", "route_of", "adapter_of"),
+        )
+    ]
+
+    def __init__(self, inputs: dict) -> None:
+        x, y, gates = inputs["x"], inputs["y"], inputs["gates"]
+        sizes = (len(x), *gates.shape, inputs["ranks"].shape[0], len(y), x.shape[1], x.stride(0))
+        sizes += (inputs["pool"].numel(), DTYPE_CODES[x.dtype])
+        lists = {
+            "sizes": sizes,
+            "y": [t.data_ptr() for t in y],
+            "y_stride": [t.stride(0) for t in y],
+            "d_out": [t.shape[1] for t in y],
+            "experts": inputs["experts"],
+        }
+        self.kept = {name: (ctypes.c_int64 * len(v))(*v) for name, v in lists.items()}
+        pointers = {name: ctypes.addressof(array) for name, array in self.kept.items()}
+        for name, _ in self._fields_:
+            pointers.setdefault(name, inputs[name].data_ptr() if name not in lists else None)
+        super().__init__(**pointers)
+
+
 def address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def integers(values) -> ctypes.Array:
-    values = list(values)
-    return (ctypes.c_int64 * max(len(values), 1))(*values)

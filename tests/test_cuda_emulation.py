@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_emulation import DTYPE_CODES, address, build, integers
+from cuda_emulation import PoolArguments, address, build
 from test_grouped_lora import CASES, DTYPES, Case, clone_strided, pool_inputs
 from tolerance import assert_as_good_as_torch
 
@@ -26,25 +26,15 @@ def prefill(tmp_path_factory):
     library.emulate_prefill.restype = ctypes.c_int64
 
     def run(inputs: dict, blocks: int = 3, descending: bool = False):
-        """y after the op, and the plan's tiles as rows of first, rows, route, adapter, slices."""
-        y, x, gates = [clone_strided(t) for t in inputs["y"]], inputs["x"], inputs["gates"]
-        num_adapters = inputs["ranks"].shape[0]
-        sizes = (len(x), *gates.shape, num_adapters, len(y), x.shape[1], x.stride(0))
-        plan = torch.full((max(len(x), 1), 6), -1)
-        names = ("offsets", "ranks", "scales", "gates", "route_of", "adapter_of")
+        """y after the op; the plan's tiles: first, rows, route, adapter, slices, number of jobs."""
+        inputs = {**inputs, "y": [clone_strided(t) for t in inputs["y"]]}
+        arguments = PoolArguments(inputs)
+        capacity = max(len(inputs["x"]), 1)
+        plan = torch.full((capacity, 6), -1)
         count = library.emulate_prefill(
-            integers((*sizes, inputs["pool"].numel(), DTYPE_CODES[x.dtype])),
-            (ctypes.c_void_p * len(y))(*[t.data_ptr() for t in y]),
-            integers(t.stride(0) for t in y),
-            integers(t.shape[1] for t in y),
-            integers(inputs["experts"]),
-            *(address(t) for t in (x, inputs["pool"], *(inputs[name] for name in names))),
-            blocks,
-            int(descending),
-            address(plan),
-            ctypes.c_int64(len(x)),
+            ctypes.byref(arguments), blocks, descending, address(plan), ctypes.c_int64(capacity)
         )
-        return y, plan[:count]
+        return inputs["y"], plan[:count]
 
     return run
 
@@ -142,3 +132,55 @@ def test_plan(prefill, num_tokens):
     assert plan[:, :3].tolist() == want
     assert plan[:, 3].tolist() == [0] * len(want)
     assert plan[:, 5].tolist() == [len(want)] * len(want)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    library = build("fused", tmp_path_factory.mktemp("emulator"))
+
+    def run(inputs: dict, w, bias, blocks: int = 2, descending: bool = False):
+        y = torch.full_like(inputs["y"][0], torch.nan)
+        arguments = PoolArguments({**inputs, "y": [y]})
+        library.emulate_fused(
+            ctypes.byref(arguments),
+            address(w),
+            ctypes.c_int64(w.stride(0)),
+            None if bias is None else address(bias),
+            blocks,
+            descending,
+        )
+        return y
+
+    return run
+
+
+FUSED_CASES = [
+    Case("one_tile", 5, (8,), 64, (40,), (0,), (0,)),
+    Case("runs", 150, (32, 17, 70), 136, (300,), (0,) * 30 + (1, 2, -1) + (2,) * 60, (0, 1, 2)),
+    Case("odd_columns", 20, (16, 256), 72, (259,), (0, 1), (0, 1)),
+    Case("dora", 70, (8, 12), 40, (50,), (0,) * 20 + (1, 2, 0), (0, 1, 1), dora=True),
+    Case("deep", 130, (4,), 600, (24,), (0,), (0,)),
+    Case("bare", 10, (4,), 16, (24,), (-1,), (0,)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_fused_against_reference(fused, case, dtype):
+    inputs = pool_inputs(case, dtype)
+    d_out = case.d_out[0]
+    w = (torch.randn(d_out, case.d_in) / case.d_in**0.5).to(dtype)
+    bias = torch.randn(d_out).to(dtype) if case.num_tokens % 2 == 0 else None
+
+    def expected(dtype_of_sum):
+        y = torch.nn.functional.linear(
+            *(None if t is None else t.to(dtype_of_sum) for t in (inputs["x"], w, bias))
+        )
+        reference.grouped_lora_(
+            **{**inputs, "y": [y], "x": inputs["x"].to(dtype_of_sum)}, pool_dtype=dtype
+        )
+        return y
+
+    for descending in (False, True):
+        actual = fused(inputs, w, bias, blocks=1 + descending, descending=descending)
+        assert_as_good_as_torch(actual, expected(torch.float64), expected(dtype), case.name)

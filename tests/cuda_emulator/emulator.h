@@ -52,6 +52,8 @@ struct Block {
   int current = 0;
   ucontext_t scheduler;
   const std::function<void()>* kernel = nullptr;
+  std::vector<void (*)()> start_hooks;  // run before each block
+  int64_t progress = 0;                 // waits that ended
 };
 inline Block block;
 
@@ -69,6 +71,7 @@ inline void let_others_go_on() {
 template <class Ready>
 void wait_until(const Ready& ready) {
   while (!ready()) let_others_go_on();
+  ++block.progress;
 }
 
 [[noreturn]] inline void die(const char* what) {
@@ -127,6 +130,7 @@ inline void run_block(int threads, int64_t shared_bytes, bool descending,
   block.fibers = std::vector<Fiber>(threads);
   block.warps = std::vector<Warp>(threads / kWarpSize);
   block.shared.assign(shared_bytes + 1024, 0xff);
+  for (const auto hook : block.start_hooks) hook();
   for (Fiber& fiber : block.fibers) {
     fiber.stack.reset(new char[kStackBytes]);  // not cleared: most of it is never touched
     getcontext(&fiber.context);
@@ -137,6 +141,8 @@ inline void run_block(int threads, int64_t shared_bytes, bool descending,
   }
   for (int left = threads; left > 0;) {
     left = 0;
+    const int64_t progress = block.progress;
+    bool ended = false;
     for (int i = 0; i < threads; ++i) {
       block.current = descending ? threads - 1 - i : i;
       Fiber& fiber = block.fibers[block.current];
@@ -144,7 +150,9 @@ inline void run_block(int threads, int64_t shared_bytes, bool descending,
       threadIdx.x = static_cast<unsigned>(block.current);
       swapcontext(&block.scheduler, &fiber.context);
       left += !fiber.done;
+      ended = ended || fiber.done;
     }
+    if (!ended && progress == block.progress) die("all threads wait");
   }
 }
 

@@ -19,14 +19,14 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return memory;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 // Starts the copy of 16 bytes, of which those from `bytes` on (0 to 16) arrive as zeros and are not
 // read. Both addresses are multiples of 16, also where nothing is read.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
                : "memory");
 }
@@ -46,7 +46,7 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row))
+               : "r"(smem_address(row))
                : "memory");
 }
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row)
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row))
+               : "r"(smem_address(row))
                : "memory");
 }
 

@@ -16,47 +16,72 @@
 
 #include "kernels/grouped_lora/prefill.h"
 #include "kernels/grouped_lora/sm80/expand.cuh"
+#include "kernels/grouped_lora/sm80/launch.h"
 #include "kernels/grouped_lora/sm80/plan.cuh"
 #include "kernels/grouped_lora/sm80/shrink.cuh"
 
 namespace milora {
+namespace prefill {
+
+cudaError_t count_processors(int* processors) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
+}
+
+template <class T>
+cudaError_t launch_shrink(const GroupedLoraPoolParams& p, const Workspace& workspace,
+                          int processors, cudaStream_t stream) {
+  // More than 48 KB of shared memory has to be asked for.
+  const cudaError_t error = cudaFuncSetAttribute(
+      shrink_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShrinkBytes);
+  if (error != cudaSuccess) return error;
+  if (workspace.block_begin != nullptr) {
+    plan_kernel<T, true><<<1, kPlanThreads, 0, stream>>>(p, workspace);
+  } else {
+    plan_kernel<T, false><<<1, kPlanThreads, 0, stream>>>(p, workspace);
+  }
+  // Every token may be a tile of its own; the device knows better, and blocks without work leave.
+  const int64_t units = p.num_tokens * num_splits(p.d_in);
+  shrink_kernel<T>
+      <<<persistent_grid(units, processors, 3), kThreads, kShrinkBytes, stream>>>(p, workspace);
+  return cudaGetLastError();
+}
+
+template cudaError_t launch_shrink<float>(const GroupedLoraPoolParams&, const Workspace&, int,
+                                          cudaStream_t);
+template cudaError_t launch_shrink<__nv_bfloat16>(const GroupedLoraPoolParams&, const Workspace&,
+                                                  int, cudaStream_t);
+template cudaError_t launch_shrink<__half>(const GroupedLoraPoolParams&, const Workspace&, int,
+                                           cudaStream_t);
+
+}  // namespace prefill
+
 namespace {
 
 using namespace prefill;
 
+int64_t widest_slice(const GroupedLoraPoolParams& p) {
+  return *std::max_element(p.d_out, p.d_out + p.num_slices);
+}
+
 template <class T>
 cudaError_t launch(const GroupedLoraPoolParams& p, const Workspace& workspace,
                    cudaStream_t stream) {
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  // More than 48 KB of shared memory has to be asked for.
   constexpr int kExpandBytes = expand_bytes(sizeof(T));
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(shrink_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kShrinkBytes);
-  }
+  int processors = 0;
+  cudaError_t error = count_processors(&processors);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(expand_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  kExpandBytes);
   }
+  if (error == cudaSuccess) error = launch_shrink<T>(p, workspace, processors, stream);
   if (error != cudaSuccess) return error;
-
-  // Every token may be a tile of its own; the device knows better, and blocks without work leave.
-  const auto grid = [&](int64_t units, int per_processor) {
-    return static_cast<unsigned>(
-        std::min<int64_t>(units, static_cast<int64_t>(processors) * per_processor));
-  };
-  const int64_t widest = *std::max_element(p.d_out, p.d_out + p.num_slices);
-  const auto column_units = static_cast<int>(ceil_div(widest, kUnitColumns));
-  plan_kernel<T><<<1, kPlanThreads, 0, stream>>>(p, workspace);
-  shrink_kernel<T><<<grid(p.num_tokens * num_splits(p.d_in), 3), kThreads, kShrinkBytes, stream>>>(
-      p, workspace);
-  expand_kernel<T>
-      <<<grid(p.num_tokens * p.num_slices * column_units, 2), kThreads, kExpandBytes, stream>>>(
-          p, workspace, column_units);
+  const auto column_units = static_cast<int>(ceil_div(widest_slice(p), kUnitColumns));
+  const int64_t units = p.num_tokens * p.num_slices * column_units;
+  expand_kernel<T><<<persistent_grid(units, processors, 2), kThreads, kExpandBytes, stream>>>(
+      p, workspace, column_units);
   return cudaGetLastError();
 }
 
@@ -64,14 +89,13 @@ cudaError_t launch(const GroupedLoraPoolParams& p, const Workspace& workspace,
 
 int64_t grouped_lora_prefill_workspace(const GroupedLoraPoolParams& p) {
   Workspace workspace;
-  return lay_out(p, nullptr, &workspace);
+  return lay_out(p, nullptr, false, &workspace);
 }
 
 int grouped_lora_prefill_cuda(const GroupedLoraPoolParams& p, void* memory, void* stream_) {
-  const int64_t widest = *std::max_element(p.d_out, p.d_out + p.num_slices);
-  if (p.num_tokens == 0 || p.num_routes == 0 || widest == 0) return cudaSuccess;
+  if (p.num_tokens == 0 || p.num_routes == 0 || widest_slice(p) == 0) return cudaSuccess;
   Workspace workspace;
-  lay_out(p, memory, &workspace);
+  lay_out(p, memory, false, &workspace);
   const auto stream = static_cast<cudaStream_t>(stream_);
   switch (p.dtype) {
     case Dtype::kFloat32:

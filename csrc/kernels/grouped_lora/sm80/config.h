@@ -58,6 +58,8 @@ struct Tile {
   uint16_t slices;
 };
 static_assert(sizeof(Tile) == 16 && kMaxSlices <= 16);
+constexpr int kBlockRows = 128;
+static_assert(kBlockRows % kTileRows == 0);
 // An active slice of a tile: tile * kMaxSlices + slice.
 using Job = int32_t;
 struct PlanCounts {
@@ -70,7 +72,19 @@ struct Workspace {
   Tile* tiles;      // [num_tokens]: a tile has a row at least
   Job* jobs;        // [num_tokens * num_slices]
   float* partials;  // [splits, num_slices, num_tokens, kMaxRank]; only what an expert needs is used
+  // Of a plan that is aligned to blocks of kBlockRows tokens, else null: the first tile of each
+  // block, and the number of tiles. [ceil(num_tokens / kBlockRows) + 1]
+  int32_t* block_begin;
 };
+
+// The first token of the tile that holds token t, in the run that starts at `start`. A tile of an
+// aligned plan also begins at every multiple of kTileRows.
+template <bool kAligned>
+MILORA_HOST_DEVICE int64_t tile_first(int64_t t, int64_t start) {
+  if (!kAligned) return t - (t - start) % kTileRows;
+  const int64_t boundary = t - t % kTileRows;
+  return boundary > start ? boundary : start;
+}
 
 MILORA_HOST_DEVICE int num_splits(int64_t d_in) { return static_cast<int>(ceil_div(d_in, kSplit)); }
 
@@ -82,7 +96,8 @@ MILORA_HOST_DEVICE int64_t partial_row(const GroupedLoraPoolParams& p, int split
 inline int64_t align_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Cuts `memory` (null to measure) into the workspace; returns its bytes.
-inline int64_t lay_out(const GroupedLoraPoolParams& p, void* memory, Workspace* workspace) {
+inline int64_t lay_out(const GroupedLoraPoolParams& p, void* memory, bool aligned,
+                       Workspace* workspace) {
   char* base = static_cast<char*>(memory);
   int64_t size = 0;
   const auto take = [&](int64_t bytes) {
@@ -95,6 +110,10 @@ inline int64_t lay_out(const GroupedLoraPoolParams& p, void* memory, Workspace* 
   workspace->jobs = static_cast<Job*>(take(p.num_tokens * p.num_slices * sizeof(Job)));
   workspace->partials = static_cast<float*>(
       take(num_splits(p.d_in) * p.num_slices * p.num_tokens * kMaxRank * sizeof(float)));
+  workspace->block_begin =
+      aligned
+          ? static_cast<int32_t*>(take((ceil_div(p.num_tokens, kBlockRows) + 1) * sizeof(int32_t)))
+          : nullptr;
   return size;
 }
 

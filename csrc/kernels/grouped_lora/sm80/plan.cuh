@@ -56,7 +56,7 @@ __device__ __forceinline__ V block_scan(V value, V carry, V* per_warp, const Com
   return combine(before, value);
 }
 
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const __grid_constant__ GroupedLoraPoolParams p, Workspace workspace) {
   __shared__ PlanShared shared;
@@ -111,17 +111,21 @@ __global__ void __launch_bounds__(kPlanThreads)
 #pragma unroll
     for (int i = 0; i < kPlanItems; ++i) {
       if (start[i] < 0) start[i] = before;
-      const int64_t begins = route[i] >= 0 && (first + i - start[i]) % kTileRows == 0;
-      count += begins != 0 ? 1 + (static_cast<int64_t>(__popc(slices[i])) << 32) : 0;
+      const int64_t t = first + i;
+      const bool begins = route[i] >= 0 && tile_first<kAligned>(t, start[i]) == t;
+      count += begins ? 1 + (static_cast<int64_t>(__popc(slices[i])) << 32) : 0;
     }
     int64_t number = block_scan(count, done, shared.warp_sum, add) - count;
 
     // ---- write them ----
 #pragma unroll
     for (int i = 0; i < kPlanItems; ++i) {
-      if (route[i] < 0) continue;
       const int32_t t = static_cast<int32_t>(first + i);
-      const int32_t row = (t - start[i]) % kTileRows;
+      if (kAligned && t % kBlockRows == 0 && t < p.num_tokens) {
+        workspace.block_begin[t / kBlockRows] = static_cast<int32_t>(number & 0xffffffff);
+      }
+      if (route[i] < 0) continue;
+      const auto row = static_cast<int32_t>(t - tile_first<kAligned>(t, start[i]));
       if (row == 0) {
         const auto tile = static_cast<int32_t>(number & 0xffffffff);
         workspace.tiles[tile].first = t;
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kPlanThreads)
         }
         number += 1 + (static_cast<int64_t>(__popc(slices[i])) << 32);
       }
-      const bool ends = row == kTileRows - 1 || route[i + 1] != route[i];
+      const bool ends = route[i + 1] != route[i] || tile_first<kAligned>(t + 1, start[i]) == t + 1;
       if (ends) workspace.tiles[(number & 0xffffffff) - 1].rows = static_cast<int16_t>(row + 1);
     }
 
@@ -148,6 +152,8 @@ __global__ void __launch_bounds__(kPlanThreads)
   }
   if (threadIdx.x == 0) {
     *workspace.counts = {static_cast<int32_t>(done & 0xffffffff), static_cast<int32_t>(done >> 32)};
+    if (kAligned)
+      workspace.block_begin[ceil_div(p.num_tokens, kBlockRows)] = workspace.counts->tiles;
   }
 }
 

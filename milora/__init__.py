@@ -27,7 +27,9 @@ from milora.attach import (
 )
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError, PoolError, UserError
+from milora.eva import attach_eva
 from milora.export import export_route
+from milora.gradient_start import init_from_gradients
 from milora.merge import merge
 from milora.pool import AdapterPool
 from milora.route_cache import held_by as routing_state
@@ -48,12 +50,14 @@ __all__ = [
     "activation_phase",
     "adapters",
     "attach",
+    "attach_eva",
     "balance_report",
     "count_parameters",
     "delete_adapter",
     "detach",
     "disabled",
     "export_route",
+    "init_from_gradients",
     "load",
     "merge",
     "ops",

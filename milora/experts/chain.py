@@ -93,8 +93,9 @@ class FactorChain(ExpertKind):
         if "outer_in" in frozen:
             a, b = a @ frozen["outer_in"], frozen["outer_out"] @ b
         if self.is_anchored(spec):
-            a = torch.cat([a, tensors[f"{self.prefix}_start_A"]])
-            b = torch.cat([b, -tensors[f"{self.prefix}_start_B"]], dim=1)
+            # B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0): nothing cancels in the kernels' dtype.
+            start_a, start_b = (tensors[f"{self.prefix}_start_{side}"] for side in "AB")
+            a, b = torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], dim=1)
         return ExpertWeights(a, b, spec.scale)
 
     def _factors(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,9 @@ def grouped_lora_(
     Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a route,
         adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
         such a row is left untouched.
-    Note: accumulates in float32 and rounds once. No host synchronisation, CUDA-graph safe.
+    Note: accumulates in float32 and rounds once; where the CPU or GPU multiplies bf16 pairs, A x is
+        rounded to bf16 too, as torch does between two products. No host synchronisation, CUDA-graph
+        safe.
     """
     _grouped_lora_(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path)
 
@@ -110,7 +112,7 @@ def grouped_lora(
         gates: [num_routes] float32, this module's column of the gates.
         route_of: [num_tokens] int32; −1 leaves the token as it is.
         adapter_of: [num_routes] int32; −1 = the bare base.
-    Returns: [num_tokens, d_out], dtype of x. Accumulates in float32, rounds once.
+    Returns: [num_tokens, d_out], dtype of x. Accumulates and rounds as `grouped_lora_`.
     Raises: RuntimeError as `grouped_lora_`.
     Note: gradients reach y, x, a, b and gates. A token whose gate is 0 is skipped, so it gives no
         gradient, to the gate neither; an adapter without tokens gets zeros.

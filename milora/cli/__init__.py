@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": ("milora.cli.generate", "answer prompts with a trained adapter"),
     "inspect": ("milora.cli.inspect", "show an adapter's size, and draw where prompts are routed"),
     "export": ("milora.cli.export", "write one prompt's route as an ordinary LoRA adapter"),
+    "methods": ("milora.cli.methods", "list the expert kinds and what they would train"),
     "merge": ("milora.cli.merge", "merge adapters into one ordinary LoRA adapter"),
     "eval": ("milora.cli.eval", "run lm-evaluation-harness tasks"),
     "bench": ("milora.cli.bench", "time ops and mixed batches beside PEFT and plain torch"),

@@ -20,7 +20,7 @@ class Bone(ExpertKind):
     """D [d_out, rank], zero at the start."""
 
     name = "bone"
-    summary = "D [I I ... I] (Bone-row, MiSS)"
+    summary = "D (I I ... I) (Bone-row, MiSS)"
 
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
         return {"lora_bone_B": (spec.d_out, spec.rank)}

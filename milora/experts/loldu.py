@@ -21,7 +21,7 @@ class Loldu(FactorChain):
     """z - z_0 [rank] trainable; A = U_r and B = P L_r fixed."""
 
     name = "loldu"
-    summary = "B diag(z) A from W's LU, only z trained"
+    summary = "B diag(z) A of W's LU, z trained"
     prefix = "lora_loldu"
     core = "diagonal"
     fixed = frozenset({"lora_loldu_A", "lora_loldu_B"})

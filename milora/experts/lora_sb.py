@@ -24,7 +24,7 @@ class LoraSb(FactorChain):
     """R [rank, rank] trainable; A [rank, d_in] and B [d_out, rank] fixed, orthonormal."""
 
     name = "lora_sb"
-    summary = "B R A from a gradient, only R trained"
+    summary = "B R A of a gradient, R trained"
     prefix = "lora_sb"
     core = "square"
     fixed = frozenset({"lora_sb_A", "lora_sb_B"})

@@ -26,7 +26,7 @@ class LoraXs(FactorChain):
     """R trainable, A and B not. Option `factors`: "svd" (of the base weight) or "random"."""
 
     name = "lora_xs"
-    summary = "B R A, only R [r, r] trained"
+    summary = "B R A, R trained"
     prefix = "lora_xs"
     core = "square"
     fixed = frozenset({"lora_xs_A", "lora_xs_B"})

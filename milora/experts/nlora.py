@@ -76,6 +76,6 @@ class IntTune(Nlora):
     """NLoRA's start, N alone trained."""
 
     name = "inttune"
-    summary = "NLoRA, only N [r, r] trained"
+    summary = "NLoRA, only N trained"
     prefix = "lora_inttune"
     fixed = frozenset(f"lora_inttune_{name}" for name in ("A", "B", "start_A", "start_B"))

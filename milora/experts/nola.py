@@ -39,7 +39,7 @@ class Nola(ExpertKind):
     """α [k] and β [k], both 0 at the start. Option: `num_basis`, k."""
 
     name = "nola"
-    summary = "sums of random bases, 2 k coefficients"
+    summary = "sums of random bases"
     defaults: ClassVar[dict[str, Any]] = {"num_basis": 256}
 
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:

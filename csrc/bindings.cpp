@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(milora, m) {
       "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts, "
       "int path=0) -> ()");
   m.def(
+      "fused_lora(Tensor x, Tensor w, Tensor? bias, Tensor pool, Tensor offsets, Tensor ranks, "
+      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int expert) -> Tensor");
+  m.def(
       "grouped_lora(Tensor y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor gates, "
       "Tensor route_of, Tensor adapter_of) -> Tensor");
   m.def(
@@ -31,6 +34,7 @@ namespace {
 // One host function per op serves every device: it checks, fills Params and dispatches.
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("grouped_lora_", TORCH_BOX(&milora::grouped_lora_pool));
+  m.impl("fused_lora", TORCH_BOX(&milora::fused_lora));
   m.impl("grouped_lora", TORCH_BOX(&milora::grouped_lora));
   m.impl("grouped_lora_backward", TORCH_BOX(&milora::grouped_lora_backward));
   m.impl("prompt_router", TORCH_BOX(&milora::prompt_router));

@@ -20,6 +20,7 @@ load_library()
 
 # Held once: attribute look-ups on torch.ops cost as much as a small op.
 _grouped_lora_ = torch.ops.milora.grouped_lora_.default
+_fused_lora = torch.ops.milora.fused_lora.default
 _grouped_lora = torch.ops.milora.grouped_lora.default
 _grouped_lora_backward = torch.ops.milora.grouped_lora_backward.default
 _prompt_router = torch.ops.milora.prompt_router.default
@@ -86,6 +87,45 @@ def grouped_lora_(
         safe.
     """
     _grouped_lora_(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path)
+
+
+def fused_lora(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pool: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+    expert: int,
+) -> Tensor:
+    """A module and its experts in one product, which writes y once.               [MiLoRA, eq. 1]
+
+    y[t] = y0 + g · (scale · B (A x_t) + u ⊙ y0 + v),  y0 = W x_t + bias,
+    g = gates[route_of[t], expert]
+
+    Args:
+        x: [..., d_in] float32 | bfloat16 | float16, contiguous, or 2-D with rows at any stride.
+        w: [d_out, d_in], dtype of x, last dim contiguous.
+        bias: [d_out], dtype of x, or None.
+        pool, offsets, ranks, scales, gates, route_of, adapter_of: as `grouped_lora_` takes them.
+        expert: the module's column of `gates`, `offsets`, `ranks` and `scales`.
+    Returns: [..., d_out], dtype of x. Accumulates in float32; A x times gate and scale is rounded
+        to x's dtype, as the matrix units take it.
+    Raises: RuntimeError as `grouped_lora_`; on CUDA also if the GPU is not of compute capability
+        9.0, the dtype is float32, or rows of x or w do not start on 16 bytes: call `linear` and
+        `grouped_lora_` there.
+    Note: for inference, no autograd is registered. On CUDA a row's bits depend on that row and its
+        expert alone, provided that the experts' weights are finite; they are not the bits of
+        `grouped_lora_`, also for rows without an adapter. The CPU computes `linear`, then
+        `grouped_lora_`. No host synchronisation, CUDA-graph safe.
+    """
+    return _fused_lora(
+        x, w, bias, pool, offsets, ranks, scales, gates, route_of, adapter_of, expert
+    )
 
 
 def grouped_lora(
@@ -190,6 +230,11 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
 @torch.library.register_fake("milora::grouped_lora_")
 def _(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path=0) -> None:
     return None
+
+
+@torch.library.register_fake("milora::fused_lora")
+def _(x, w, bias, pool, offsets, ranks, scales, gates, route_of, adapter_of, expert) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
 @torch.library.register_fake("milora::grouped_lora")

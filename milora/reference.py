@@ -115,6 +115,27 @@ def grouped_lora_(
             rows[t] += gates[route, expert].to(x.dtype) * delta
 
 
+def fused_lora(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pool: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+    expert: int,
+    pool_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As `milora.ops.fused_lora`; `pool_dtype` as in `grouped_lora_`."""
+    y = torch.nn.functional.linear(x, w, bias)
+    tables = (pool, offsets, ranks, scales, gates, route_of, adapter_of)
+    grouped_lora_([y], x, *tables, [expert], pool_dtype=pool_dtype)
+    return y
+
+
 def grouped_lora(
     y: Tensor,
     x: Tensor,

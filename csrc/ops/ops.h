@@ -1,6 +1,7 @@
 // The host functions behind the schemas in bindings.cpp.
 #pragma once
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -14,6 +15,11 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
                        const Tensor& ranks, const Tensor& scales, const Tensor& gates,
                        const Tensor& route_of, const Tensor& adapter_of,
                        const std::vector<int64_t>& experts, int64_t path);
+
+Tensor fused_lora(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                  const Tensor& pool, const Tensor& offsets, const Tensor& ranks,
+                  const Tensor& scales, const Tensor& gates, const Tensor& route_of,
+                  const Tensor& adapter_of, int64_t expert);
 
 Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
                     const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,

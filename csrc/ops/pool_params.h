@@ -1,0 +1,16 @@
+// What grouped_lora_ and fused_lora share on the host.
+#pragma once
+
+#include "kernels/grouped_lora/params.h"
+#include "ops/ops.h"
+
+namespace milora {
+
+// Checks the arguments of grouped_lora_ (milora/ops.py has the contract) and fills its Params. `op`
+// names the caller in errors.
+GroupedLoraPoolParams pool_params(const char* op, const Tensors& y, const Tensor& x,
+                                  const Tensor& pool, const Tensor& offsets, const Tensor& ranks,
+                                  const Tensor& scales, const Tensor& gates, const Tensor& route_of,
+                                  const Tensor& adapter_of, const std::vector<int64_t>& experts);
+
+}  // namespace milora

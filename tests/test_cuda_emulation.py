@@ -11,8 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_emulation import PoolArguments, address, build
-from test_grouped_lora import CASES, DTYPES, Case, clone_strided, pool_inputs
+from cuda_emulation import DTYPE_CODES, PoolArguments, address, build
+from test_grouped_lora import (
+    CASES,
+    DTYPES,
+    Case,
+    clone_strided,
+    pool_inputs,
+    reference_at_dtype,
+    run_train,
+    train_inputs,
+)
 from tolerance import assert_as_good_as_torch
 
 from milora import reference
@@ -184,3 +193,59 @@ def test_fused_against_reference(fused, case, dtype):
     for descending in (False, True):
         actual = fused(inputs, w, bias, blocks=1 + descending, descending=descending)
         assert_as_good_as_torch(actual, expected(torch.float64), expected(dtype), case.name)
+
+
+@pytest.fixture(scope="module")
+def backward(tmp_path_factory):
+    library = build("train", tmp_path_factory.mktemp("emulator"))
+
+    def pointers(tensors):
+        return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+    def run(leaves: list, rest: list, dy, descending: bool = False):
+        """dx, dgates, da.., db.. for the arguments that `run_train` takes."""
+        _, x, gates, *weights = leaves
+        scales, route_of, adapter_of = rest
+        half = len(weights) // 2
+        a, b = weights[:half], weights[half:]
+        grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in leaves[1:]]
+        dx, dgates, *dweights = grads
+        sizes = (len(x), len(gates), half, x.shape[1], dy.shape[1], x.stride(0), dy.stride(0))
+        ranks = (ctypes.c_int64 * half)(*[t.shape[0] for t in a])
+        library.emulate_backward(
+            (ctypes.c_int64 * 8)(*sizes, DTYPE_CODES[x.dtype]),
+            *(address(dy), address(x), pointers(a), pointers(b), ranks),
+            *((ctypes.c_float * half)(*scales), address(gates)),
+            *(address(route_of), address(adapter_of), address(dx)),
+            *(pointers(dweights[:half]), pointers(dweights[half:]), address(dgates)),
+            descending,
+        )
+        return grads
+
+    return run
+
+
+BACKWARD_CASES = [
+    Case("odd", 7, (3, 5), 33, (100,), (0, 1), (0, 1)),
+    Case("bare", 9, (8, 4), 32, (40,), (0, -1, 1, 2), (0, -1, 1)),
+    Case("runs", 210, (32, 20), 136, (72,), (0,) * 70 + (1, 2) + (3,) * 60, (0, 1, 0, 1)),
+    Case("two_splits", 20, (8,), 1040, (24,), (0,), (0,)),
+    Case("high_rank", 30, (100, 256), 40, (48,), (0, 0, 1), (0, 1)),
+    Case("unaligned", 10, (8, 4), 40, (50,), (0, 1), (0, 1), strided=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+def test_backward_against_reference(backward, case, dtype):
+    leaves, rest = train_inputs(case, dtype)
+    dy = torch.randn(case.num_tokens, case.d_out[0]).to(dtype)
+    actual = backward(leaves, rest, dy)
+    expected = run_train(reference.grouped_lora, leaves, rest, dy, torch.float64)[2:]
+    same_dtype = run_train(reference_at_dtype, leaves, rest, dy)[2:]
+    names = ["dx", "dgates"] + [f"dweight{i}" for i in range(len(leaves) - 3)]
+    for name, got, want, torch_result in zip(names, actual, expected, same_dtype, strict=True):
+        assert_as_good_as_torch(got, want, torch_result, name)
+    if case.name == "runs":
+        for got, again in zip(actual, backward(leaves, rest, dy, descending=True), strict=True):
+            assert torch.equal(got, again)

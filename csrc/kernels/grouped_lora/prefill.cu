@@ -49,61 +49,64 @@ cudaError_t launch_shrink(const GroupedLoraPoolParams& p, const Workspace& works
   return cudaGetLastError();
 }
 
-template cudaError_t launch_shrink<float>(const GroupedLoraPoolParams&, const Workspace&, int,
-                                          cudaStream_t);
-template cudaError_t launch_shrink<__nv_bfloat16>(const GroupedLoraPoolParams&, const Workspace&,
-                                                  int, cudaStream_t);
-template cudaError_t launch_shrink<__half>(const GroupedLoraPoolParams&, const Workspace&, int,
-                                           cudaStream_t);
-
-}  // namespace prefill
-
-namespace {
-
-using namespace prefill;
-
-int64_t widest_slice(const GroupedLoraPoolParams& p) {
-  return *std::max_element(p.d_out, p.d_out + p.num_slices);
-}
-
 template <class T>
-cudaError_t launch(const GroupedLoraPoolParams& p, const Workspace& workspace,
-                   cudaStream_t stream) {
+cudaError_t launch_expand(const GroupedLoraPoolParams& p, const Workspace& workspace,
+                          int processors, cudaStream_t stream) {
   constexpr int kExpandBytes = expand_bytes(sizeof(T));
-  int processors = 0;
-  cudaError_t error = count_processors(&processors);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(expand_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kExpandBytes);
-  }
-  if (error == cudaSuccess) error = launch_shrink<T>(p, workspace, processors, stream);
+  const cudaError_t error = cudaFuncSetAttribute(
+      expand_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kExpandBytes);
   if (error != cudaSuccess) return error;
-  const auto column_units = static_cast<int>(ceil_div(widest_slice(p), kUnitColumns));
+  const int64_t widest = *std::max_element(p.d_out, p.d_out + p.num_slices);
+  const auto column_units = static_cast<int>(ceil_div(widest, kUnitColumns));
   const int64_t units = p.num_tokens * p.num_slices * column_units;
+  if (units == 0) return cudaSuccess;
   expand_kernel<T><<<persistent_grid(units, processors, 2), kThreads, kExpandBytes, stream>>>(
       p, workspace, column_units);
   return cudaGetLastError();
 }
 
+#define MILORA_INSTANTIATE(T)                                                                \
+  template cudaError_t launch_shrink<T>(const GroupedLoraPoolParams&, const Workspace&, int, \
+                                        cudaStream_t);                                       \
+  template cudaError_t launch_expand<T>(const GroupedLoraPoolParams&, const Workspace&, int, \
+                                        cudaStream_t);
+MILORA_INSTANTIATE(float)
+MILORA_INSTANTIATE(__nv_bfloat16)
+MILORA_INSTANTIATE(__half)
+#undef MILORA_INSTANTIATE
+
+namespace {
+
+template <class T>
+cudaError_t launch(const GroupedLoraPoolParams& p, const Workspace& workspace,
+                   cudaStream_t stream) {
+  int processors = 0;
+  cudaError_t error = count_processors(&processors);
+  if (error == cudaSuccess) error = launch_shrink<T>(p, workspace, processors, stream);
+  if (error == cudaSuccess) error = launch_expand<T>(p, workspace, processors, stream);
+  return error;
+}
+
 }  // namespace
+}  // namespace prefill
 
 int64_t grouped_lora_prefill_workspace(const GroupedLoraPoolParams& p) {
-  Workspace workspace;
-  return lay_out(p, nullptr, false, &workspace);
+  prefill::Workspace workspace;
+  return prefill::lay_out(p, nullptr, false, &workspace);
 }
 
 int grouped_lora_prefill_cuda(const GroupedLoraPoolParams& p, void* memory, void* stream_) {
-  if (p.num_tokens == 0 || p.num_routes == 0 || widest_slice(p) == 0) return cudaSuccess;
-  Workspace workspace;
-  lay_out(p, memory, false, &workspace);
+  if (p.num_tokens == 0 || p.num_routes == 0) return cudaSuccess;
+  prefill::Workspace workspace;
+  prefill::lay_out(p, memory, false, &workspace);
   const auto stream = static_cast<cudaStream_t>(stream_);
   switch (p.dtype) {
     case Dtype::kFloat32:
-      return launch<float>(p, workspace, stream);
+      return prefill::launch<float>(p, workspace, stream);
     case Dtype::kBFloat16:
-      return launch<__nv_bfloat16>(p, workspace, stream);
+      return prefill::launch<__nv_bfloat16>(p, workspace, stream);
     case Dtype::kFloat16:
-      return launch<__half>(p, workspace, stream);
+      return prefill::launch<__half>(p, workspace, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,4 +1,5 @@
-// Launches that the prefill and the fused path share. Defined in prefill.cu, for the three dtypes.
+// Launches that prefill, the fused product and training share. Defined in prefill.cu, for the three
+// dtypes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,6 +22,11 @@ inline unsigned persistent_grid(int64_t units, int processors, int blocks_per_pr
 // The plan (aligned where workspace.block_begin is given), then the partial sums of A x.
 template <class T>
 cudaError_t launch_shrink(const GroupedLoraPoolParams& params, const Workspace& workspace,
+                          int processors, cudaStream_t stream);
+
+// The second product, after launch_shrink with the same arguments.
+template <class T>
+cudaError_t launch_expand(const GroupedLoraPoolParams& params, const Workspace& workspace,
                           int processors, cudaStream_t stream);
 
 }  // namespace milora::prefill

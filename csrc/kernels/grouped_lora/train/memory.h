@@ -1,0 +1,74 @@
+// The workspaces of grouped_lora and its backward, and the Params of the prefill kernels they call.
+#pragma once
+
+#include "kernels/grouped_lora/train/config.h"
+
+namespace milora::train {
+
+template <class P>  // GroupedLoraParams or GroupedLoraBackwardParams
+inline GroupedLoraPoolParams pool_params(const P& p, const PackedPool& pool) {
+  GroupedLoraPoolParams out{};
+  out.x = p.x;
+  out.x_stride = p.x_stride;
+  out.d_in = p.d_in;
+  out.d_out[0] = p.d_out;
+  out.pool = pool.bytes;
+  out.pool_bytes = pool.num_bytes;
+  out.offsets = pool.offsets;
+  out.ranks = pool.ranks;
+  out.scales = pool.scales;
+  out.gates = p.gates;
+  out.route_of = p.route_of;
+  out.adapter_of = p.adapter_of;
+  out.num_tokens = p.num_tokens;
+  out.num_routes = p.num_routes;
+  out.num_adapters = p.num_adapters;
+  out.num_experts = out.num_slices = 1;
+  out.dtype = p.dtype;
+  return out;
+}
+
+// dy takes the way of x, dx that of y.
+inline GroupedLoraPoolParams reverse_params(const GroupedLoraBackwardParams& p,
+                                            const PackedPool& pool) {
+  GroupedLoraPoolParams out = pool_params(p, pool);
+  out.x = p.dy;
+  out.x_stride = p.dy_stride;
+  out.d_in = p.d_out;
+  out.y[0] = p.dx;
+  out.y_stride[0] = out.d_out[0] = p.d_in;
+  out.offsets = pool.reverse;
+  return out;
+}
+
+struct ForwardMemory {
+  PackedPool pool;
+  prefill::Workspace work;
+};
+inline int64_t lay_out(const GroupedLoraParams& p, void* memory, ForwardMemory* out) {
+  Cutter cutter{static_cast<char*>(memory)};
+  out->pool = lay_out_pool(p.adapters, p.num_adapters, p.d_in, p.d_out, p.dtype, &cutter);
+  const GroupedLoraPoolParams forward = pool_params(p, out->pool);
+  void* work = memory == nullptr ? nullptr : cutter.base + cutter.size;
+  return cutter.size + prefill::lay_out(forward, work, false, &out->work);
+}
+
+struct BackwardMemory {
+  PackedPool pool;
+  TokenCoefs coefs;
+  prefill::Workspace forward, reverse;
+};
+inline int64_t lay_out(const GroupedLoraBackwardParams& p, void* memory, BackwardMemory* out) {
+  Cutter cutter{static_cast<char*>(memory)};
+  out->pool = lay_out_pool(p.adapters, p.num_adapters, p.d_in, p.d_out, p.dtype, &cutter);
+  out->coefs = lay_out_coefs(p.num_tokens, p.dtype, &cutter);
+  for (const bool forward : {true, false}) {
+    const GroupedLoraPoolParams params =
+        forward ? pool_params(p, out->pool) : reverse_params(p, out->pool);
+    void* work = memory == nullptr ? nullptr : cutter.base + cutter.size;
+    cutter.size += prefill::lay_out(params, work, false, forward ? &out->forward : &out->reverse);
+  }
+  return cutter.size;
+}
+
+}  // namespace milora::train

@@ -1,24 +1,9 @@
 // The decode kernels of grouped_lora_, run by the stand-in for CUDA; called by test_cuda_emulation.
 #include "kernels/grouped_lora/decode/cluster.cuh"
 #include "kernels/grouped_lora/decode/split.cuh"
-
-namespace {
+#include "run.h"
 
 using namespace milora;
-
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case Dtype::kBFloat16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
-    case Dtype::kFloat16:
-      return f(static_cast<__half*>(nullptr));
-  }
-}
-
-}  // namespace
 
 extern "C" int64_t params_bytes() { return sizeof(milora::GroupedLoraPoolParams); }
 
@@ -27,12 +12,10 @@ extern "C" void decode(const milora::GroupedLoraPoolParams* params, int clusters
                        int order) {
   const auto& p = *params;
   simt::machine.order = order;
-  const auto* pool = reinterpret_cast<const char*>(p.pool);
-  const auto* x = static_cast<const char*>(p.x);
   simt::machine.readable = {
-      {pool, pool + p.pool_bytes},
-      {x, x + ((p.num_tokens - 1) * p.x_stride + p.d_in) * element_size(p.dtype)}};
-  with_type(p.dtype, [&](auto* type) {
+      simt::range(p.pool, p.pool_bytes),
+      simt::range(p.x, ((p.num_tokens - 1) * p.x_stride + p.d_in) * element_size(p.dtype))};
+  simt::with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (clusters) {
       simt::launch(workers * kLoraSplits, 1, kLoraSplits, kDecodeThreads, sizeof(ClusterShared),

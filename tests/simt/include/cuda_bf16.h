@@ -15,6 +15,7 @@ inline float __bfloat162float(__nv_bfloat16 a) {
   return value;
 }
 
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
 inline __nv_bfloat16 __float2bfloat16_rn(float a) {
   uint32_t bits;
   memcpy(&bits, &a, sizeof(bits));

@@ -20,3 +20,4 @@ inline __half __float2half_rn(float a) {
   return half;
 }
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half a) { return a.bits; }

@@ -164,7 +164,7 @@ inline void resume(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
-inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
+inline void run_cluster(unsigned first_block, unsigned y, unsigned blocks, unsigned threads,
                         size_t shared_bytes) {
   Machine& m = machine;
   m.blocks.clear();
@@ -184,7 +184,7 @@ inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads,
     Fiber& fiber = m.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
     fiber.thread = {i % threads, 0, 0};
-    fiber.block_index.x = first_block + i / threads;
+    fiber.block_index = {first_block + i / threads, y, 0};
     fiber.block = static_cast<int>(i / threads);
     fiber.started = fiber.done = false;
     fiber.cluster_phase = -1;
@@ -211,7 +211,7 @@ inline void launch(unsigned grid, unsigned grid_y, unsigned cluster, unsigned th
   machine.kernel = std::move(kernel);
   for (unsigned y = 0; y < grid_y; ++y) {
     for (unsigned first = 0; first < grid; first += cluster) {
-      run_cluster(first, cluster, threads, shared_bytes);
+      run_cluster(first, y, cluster, threads, shared_bytes);
     }
   }
 }
@@ -291,6 +291,12 @@ template <class T>
 T atomicAdd(T* to, T value) {
   const T before = *to;
   *to += value;
+  return before;
+}
+template <class T>
+T atomicMin(T* to, T value) {
+  const T before = *to;
+  *to = value < before ? value : before;
   return before;
 }
 template <class T>

@@ -7,7 +7,7 @@
 // rank, offsets) are the same four that a single row needs.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/vectors.cuh"
 #include "kernels/grouped_lora/decode/plan.h"
 
 namespace milora {
@@ -42,7 +42,7 @@ __device__ __forceinline__ bool inside(int64_t offset, int64_t bytes, int64_t po
 template <class T>
 __device__ __forceinline__ LoraItem make_item(const GroupedLoraPoolParams& p, int32_t token,
                                               int32_t rows, int32_t slice, int64_t entry) {
-  constexpr int64_t kVec = kVectorBytes / sizeof(T);
+  constexpr int kVec = kVecOf<T>;
   LoraItem item;
   item.token = token;
   item.rows = rows;

@@ -14,9 +14,6 @@
 
 namespace milora {
 
-template <class T>
-constexpr int kVecOf = kVectorBytes / sizeof(T);  // elements of a vector
-
 constexpr int kLaneVectors = 8;                        // neighbouring vectors of a warp
 constexpr int kLaneRanks = kWarp / kLaneVectors;       // ranks that a warp reads at once
 constexpr int kThreadRanks = kTileRanks / kLaneRanks;  // ranks of a thread in a tile
@@ -32,51 +29,6 @@ __device__ __forceinline__ int own_vector() {
   return threadIdx.x / kWarp * kLaneVectors + threadIdx.x % kLaneVectors;
 }
 __device__ __forceinline__ int own_rank() { return threadIdx.x % kWarp / kLaneVectors; }
-
-__device__ __forceinline__ void unpack(const uint4& v, float (&f)[4], const float*) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) f[i] = __uint_as_float(words[i]);
-}
-__device__ __forceinline__ void unpack(const uint4& v, float (&f)[8], const __nv_bfloat16*) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
-    f[2 * i] = __uint_as_float(words[i] << 16);
-    f[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-__device__ __forceinline__ void unpack(const uint4& v, float (&f)[8], const __half*) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    f[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] & 0xffffu)));
-    f[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
-  }
-}
-
-// Sums v[i] over the lanes that differ in the bits kFirst, kFirst / 2, ..., kLast of their number.
-// Each step halves the values that a lane still holds; its total is left in v[0] (and following).
-// The order of additions is the same for any N.
-template <int kFirst, int kLast, int N>
-__device__ __forceinline__ void reduce_lanes(float (&v)[N]) {
-  int held = N;
-#pragma unroll
-  for (int bit = kFirst; bit >= kLast; bit /= 2) {
-    if (held > 1) {
-      held /= 2;
-      const bool upper = threadIdx.x & bit;
-#pragma unroll
-      for (int i = 0; i < held; ++i) {
-        const float sent = upper ? v[i] : v[i + held];
-        const float kept = upper ? v[i + held] : v[i];
-        v[i] = kept + __shfl_xor_sync(kAllLanes, sent, bit);
-      }
-    } else {
-      v[0] += __shfl_xor_sync(kAllLanes, v[0], bit);
-    }
-  }
-}
 
 // How many elements of the thread's vector, which starts at `column`, lie in the tile and in d_in.
 template <class T>

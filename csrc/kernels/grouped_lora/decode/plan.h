@@ -17,7 +17,6 @@ constexpr int kLoraSplits = 8;    // the largest cluster that every sm90 part ca
 constexpr int kGroupRows = 8;     // rows that share the weights once these are on the chip
 constexpr int kTileRanks = 16;    // with the next: 16 KB, and 4 vectors in flight per thread
 constexpr int kTileVectors = 64;  // 8 warps times 8 lanes
-constexpr int kVectorBytes = 16;
 
 MILORA_HOST_DEVICE int32_t vectors_of(int64_t d, int64_t per_vector) {
   return static_cast<int32_t>((d + per_vector - 1) / per_vector);

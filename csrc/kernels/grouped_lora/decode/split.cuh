@@ -13,6 +13,11 @@
 
 namespace milora {
 
+#if !defined(__CUDA_ARCH__) || \
+    __CUDA_ARCH__ < 900  // sm90 has the cluster form and never calls this
+#define MILORA_SPLIT_FORM 1
+#endif
+
 constexpr int kSlabTokens = 1024;  // tokens of a launch: bounds the workspace
 
 // sums [num_tokens, num_slices, kLoraSplits, kMaxRank]: row -> its kLoraSplits x kMaxRank.
@@ -106,6 +111,7 @@ __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, con
 template <class T, bool kExpand>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_split_kernel(const __grid_constant__ GroupedLoraPoolParams p, float* sums) {
+#ifdef MILORA_SPLIT_FORM
   __shared__ ItemList list;
   __shared__ float warp_sums[kExpand ? 1 : kDecodeWarps][kTileRanks][kGroupRows];
   __shared__ float hidden[kMaxRank][kGroupRows];  // the shrink's: this block's sums
@@ -131,6 +137,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       if ((window + 1) * kMaxItems >= count.total) break;
     }
   }
+#endif
 }
 
 }  // namespace milora

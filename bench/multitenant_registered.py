@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from dataclasses import replace
 
 import torch
 from measure import Run, Times, interleaved
@@ -46,7 +47,7 @@ def run(s: Setting) -> None:
             for mix, rows in mixes.items():
                 kwargs = {"adapter_names": [names[i] for i in rows]}
                 providers[registered, mix] = Provider(model, None, kwargs, routed=True)
-                weights[registered, mix] = s.tenants(kinds, [i % kinds for i in rows])
+                weights[registered, mix] = replace(tenants, adapter_of=[i % kinds for i in rows])
         measure(s, providers, weights)
         for pool in pools:
             pool.close()
@@ -56,8 +57,11 @@ def run(s: Setting) -> None:
 
 def measure(s: Setting, providers: dict, weights: dict) -> None:
     prompts = weights["base", "distinct"].prompts(s.args.prompt_tokens).to(s.args.device)
-    for key, provider in providers.items():
-        check(s, weights[key], {f"c4: {key}": provider}, prompts[:, :16])
+    for mix in ("identical", "distinct"):  # the rows of a mix have the same weights in all pools
+        alike = {f"c4: {key}": provider for key, provider in providers.items() if key[1] == mix}
+        some = next(weights[key] for key in providers if key[1] == mix and key[0] != "base")
+        check(s, some, alike, prompts[:, :16])
+    for provider in providers.values():
         if provider.routed:
             inputs = {"input_ids": prompts, **provider.kwargs}
             provider.gates = route_of(provider.model, inputs)
@@ -66,7 +70,8 @@ def measure(s: Setting, providers: dict, weights: dict) -> None:
     report(s, "decode_step", providers, weights,
            interleaved(steps, s.args.device, repeat, s.args.seconds))  # fmt: skip
     short = prompts[:, : max(1, prompts.shape[1] // 4)]
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    length = 4 if s.args.quick else NEW_TOKENS
+    options = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length}
     answers = {
         key: Run(lambda p=p: p.model.generate(short, **options, **p.kwargs))
         for key, p in providers.items()

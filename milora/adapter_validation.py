@@ -186,16 +186,38 @@ def router_key(block: str, tensor: str) -> str:
 # ---- what must be there, and what is wrong ------------------------------------------------------
 
 
+def tensor_keys(config: MiLoRAConfig, blocks: list[Block]) -> dict[str, dict[str, str]]:
+    """By a module's whole path and a tensor's name: its key, and where experts share a tensor the
+    key of the first of them.
+
+    Raises:
+        ValueError: a module cannot have an expert of this kind.
+    """
+    kind = get_kind(config.expert)
+    common: dict[tuple[str, str], str] = {}
+    found: dict[str, dict[str, str]] = {}
+    for block in blocks:
+        for path in block.experts:
+            shape = linear_shape(block.module.get_submodule(path))
+            spec = spec_of(config, block.path, path, shape)
+            keys = {name: expert_key(block.path, path, name) for name in kind.tensors(spec)}
+            for name, tag in kind.shared(spec).items():
+                keys[name] = common.setdefault((name, tag), keys[name])
+            found[f"{block.path}.{path}"] = keys
+    return found
+
+
 def expected_shapes(model: nn.Module, config: MiLoRAConfig, blocks: list[Block]) -> Shapes:
     """Keys and shapes of an adapter of `config` on `model`, which need not carry it."""
     kind = get_kind(config.expert)
+    keys = tensor_keys(config, blocks)
     shapes: Shapes = {}
     for index, block in enumerate(blocks):
         for path in block.experts:
             shape = linear_shape(block.module.get_submodule(path))
             spec = spec_of(config, block.path, path, shape)
             for name, tensor_shape in kind.tensors(spec).items():
-                shapes[expert_key(block.path, path, name)] = tuple(tensor_shape)
+                shapes[keys[f"{block.path}.{path}"][name]] = tuple(tensor_shape)
         if config.router and block.experts:
             d = hidden_size(model, block.module.get_submodule(block.experts[0]))
             shapes[router_key(block.path, "w_r")] = (len(block.experts), d)

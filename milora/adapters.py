@@ -84,7 +84,9 @@ def load(
     def values(block: str, path: str) -> dict[str, Tensor]:
         shape = linear_shape(model.get_submodule(f"{block}.{path}"))
         names = kind.tensors(spec_of(config, block, path, shape))
-        return {name: tensors[expert_key(block, path, name)].float() for name in names}
+        keys = {name: expert_key(block, path, name) for name in names}
+        # A tensor that experts share is in the file once, and the first of them brings it.
+        return {name: tensors[key].float() for name, key in keys.items() if key in tensors}
 
     attach_values(model, config, adapter_name, trainable, values)
     try:
@@ -181,11 +183,15 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
     that have fixed ones."""
     runtime = runtime_of(model)
     found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for index, block in enumerate(runtime.blocks):
         for linear in runtime.linears[index]:
             if adapter_name not in linear.specs:
                 continue
             for name, parameter in linear.tensors(adapter_name).items():
+                if id(parameter) in seen:  # shared with an expert before this one
+                    continue
+                seen.add(id(parameter))
                 found[expert_key(block.path, block.experts[linear.column], name)] = parameter
         router = runtime.routers_of(adapter_name)[index]
         for name, parameter in router.named_parameters() if router is not None else ():

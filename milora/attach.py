@@ -17,7 +17,7 @@ from milora.checkpointing import CheckpointedBlock
 from milora.config import MiLoRAConfig
 from milora.experts import ExpertSpec, get_kind, make_spec
 from milora.generation import GenerateMethods, Replaced
-from milora.nn import MiLoRALinear
+from milora.nn import MiLoRALinear, Weight
 from milora.opening import check_layout
 from milora.routing import RoutingState
 from milora.runtime import ROUTER_NAME, BlockHook, Runtime, Stats, add_router
@@ -320,13 +320,15 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
     _check_known(runtime, adapter_name)
     experts = router = pooler = activation = activated = 0
     activated_mean = 0.0
+    counted: set[int] = set()
     for block, linears in enumerate(runtime.linears):
-        sizes = sorted(
-            sum(t.numel() for t in linear.trained(adapter_name).values())
-            for linear in linears
-            if adapter_name in linear.specs
-        )
-        experts += sum(sizes)
+        groups = [
+            linear.trained(adapter_name) for linear in linears if adapter_name in linear.specs
+        ]
+        sizes = sorted(sum(t.numel() for t in group.values()) for group in groups)
+        for tensor in (tensor for group in groups for tensor in group.values()):
+            experts += 0 if id(tensor) in counted else tensor.numel()  # some kinds share tensors
+            counted.add(id(tensor))
         top_k = len(sizes)
         module = runtime.routers_of(adapter_name)[block]
         if module is not None:
@@ -336,6 +338,8 @@ def count_parameters(model: nn.Module, adapter_name: str = "default") -> Paramet
             top_k = min(runtime.configs[adapter_name].top_k, len(sizes))
         activated += sum(sizes[len(sizes) - top_k :])
         activated_mean += top_k * sum(sizes) / max(len(sizes), 1)
+    if get_kind(runtime.configs[adapter_name].expert).shares_tensors:
+        activated, activated_mean = experts, float(experts)
     routing = router + pooler + activation
     return ParameterCount(
         experts + routing, experts, router, pooler, activation, activated + routing,
@@ -464,6 +468,7 @@ def _add_adapter(
     runtime.columns[name] = []
     if config.router:
         runtime.windows[name] = BalanceWindow(config.balance_window)
+    common: dict[tuple[str, str], Weight] = {}
     for index, found in enumerate(blocks):
         linears = {path: _linear_at(runtime, index, path) for path in found.experts}
         columns = [linears[path].column for path in found.experts]
@@ -471,7 +476,7 @@ def _add_adapter(
         for path, linear in linears.items():
             spec = spec_of(config, found.path, path, (linear.d_in, linear.d_out))
             tensors = None if values is None else values(found.path, path)
-            linear.add_adapter(name, config.expert, spec, tensors, trainable)
+            linear.add_adapter(name, config.expert, spec, tensors, trainable, common)
         if config.router and linears:
             seed = hashlib.sha256(f"{config.seed}/{index}/{ROUTER_NAME}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
@@ -497,7 +502,8 @@ def spec_of(config: MiLoRAConfig, block: str, path: str, shape: tuple[int, int])
         dropout=config.dropout,
         options=config.expert_options,
         seed=config.seed,
-        path=f"{block}.{path}",
+        path=path,
+        block=block,
     )
     try:
         get_kind(config.expert).check(spec)

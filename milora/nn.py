@@ -75,8 +75,14 @@ class MiLoRALinear(nn.Module):
         spec: ExpertSpec,
         tensors: dict[str, Tensor] | None,
         trainable: bool,
+        common: dict[tuple[str, str], Weight],
     ) -> None:
-        """Add an expert; `tensors` None draws its initial values."""
+        """Add an expert; `tensors` None draws its initial values.
+
+        Args:
+            common: tensors that the adapter's experts share, by name and `ExpertKind.shared`; those
+                that are there already are used, new ones are put in.
+        """
         expert = get_kind(kind)
         device = self.device
         if device.type == "meta":
@@ -86,12 +92,19 @@ class MiLoRALinear(nn.Module):
         else:
             frozen = expert.frozen(spec)
             tensors = expert.init(spec, self.dense_weight) if tensors is None else tensors
-        for key, tensor in (*tensors.items(), *frozen.items()):
+        shared = expert.shared(spec)
+        for key in (*expert.tensors(spec), *frozen):
+            weight = common.get((key, shared.get(key, "")))
+            if weight is None:
+                is_saved = key not in frozen
+                tensor = (tensors if is_saved else frozen)[key].to(device)
+                weight = Weight(tensor, is_saved and key not in expert.fixed, is_saved)
+                weight.requires_grad_(trainable)
+            if key in shared:
+                common[key, shared[key]] = weight
             if key not in self._modules:
                 self.add_module(key, nn.ModuleDict())
-            is_saved = key in tensors
-            weight = Weight(tensor.to(device), is_saved and key not in expert.fixed, is_saved)
-            self._modules[key][name] = weight.requires_grad_(trainable)
+            self._modules[key][name] = weight
         self.specs[name] = spec
         self.kinds[name] = kind
 

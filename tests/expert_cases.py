@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "randlora_peft": ("randlora", {"layout": "peft"}),
     "mora": ("mora", {}),
     "bone": ("bone", {}),
+    "lorta": ("lorta", {"head_dim": 4}),
 }
 # What these start with is not 0.
 MOVES_THE_BASE = {"lora_xs": 1e-3, "lora_xs_random": 1e-3, "nlora": math.inf}
@@ -151,6 +152,16 @@ def _mora(t, f, spec, weight):
     return spec.scale * torch.stack(columns, 1)[: spec.d_out]
 
 
+def _lorta(t, f, spec, weight):
+    heads = [
+        t["lora_lorta_B"]
+        @ torch.diag(c * t["lora_lorta_matrix"][0] * t["lora_lorta_layer"][0])
+        @ t["lora_lorta_A"]
+        for c in t["lora_lorta_head"]
+    ]
+    return spec.scale * torch.cat(heads)
+
+
 def _bone(t, f, spec, weight):
     d = t["lora_bone_B"].T  # [r, d_out]
     rows = [d[i % spec.rank] for i in range(spec.d_in)]
@@ -181,4 +192,5 @@ _DENSE = {
     "randlora": _randlora,
     "mora": _mora,
     "bone": _bone,
+    "lorta": _lorta,
 }

@@ -93,6 +93,8 @@ def read_size(folder: Path) -> AdapterSize:
         kept = min(config["top_k"], len(sizes)) if routed else len(sizes)
         activated += sum(sizes[:kept])
         mean += kept * sum(sizes) / max(len(sizes), 1)
+    if kind is not None and kind.shares_tensors:  # each stands with the first expert that has it
+        activated, mean = sum(modules.values()), sum(modules.values())
     routing = sum(parts.values())
     return AdapterSize(
         folder=str(folder),

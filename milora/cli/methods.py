@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.table import Table
 
 from milora.cli.console import add_json_option, note, stdout, write_json
 from milora.errors import UserError
+from milora.experts import REGISTRY, ExpertKind, ExpertSpec, get_kind, make_spec
 
 LLAMA_2_7B = {"hidden": 4096, "layers": 32, "intermediate": 11008, "heads": 32, "kv_heads": 32}
 
@@ -54,61 +54,77 @@ class Count:
     refused: str = ""
 
 
-def count_kind(name: str, modules: dict[tuple[int, int], int], rank: int) -> Count:
-    """Count a kind with its default options.
+@dataclass(frozen=True)
+class Module:
+    """A linear module: its block, its path there, its sizes."""
 
-    Args:
-        modules: how many modules there are of each (d_in, d_out).
-    """
-    from milora.experts import get_kind, make_spec
+    block: str
+    path: str
+    d_in: int
+    d_out: int
 
+    def spec(self, rank: int) -> ExpertSpec:
+        return make_spec(self.d_in, self.d_out, rank, path=self.path, block=self.block)
+
+
+def count_kind(name: str, modules: list[Module], rank: int) -> Count:
+    """Count a kind with its default options."""
     kind = get_kind(name)
     trained = saved = served = served_rank = 0
-    for (d_in, d_out), number in modules.items():
-        spec = make_spec(d_in, d_out, rank)
+    common: set[tuple[str, str]] = set()
+    for module in modules:
+        spec = module.spec(rank)
         try:
             kind.check(spec)
         except ValueError as error:
-            most = _largest_rank(kind, list(modules), rank)
+            most = _largest_rank(kind, modules, rank)
             advice = f"at most rank {most} here" if most else "not on these modules"
             return Count(name, kind.summary, refused=f"{advice}: {error}")
-        sizes = {key: _product(shape) for key, shape in kind.tensors(spec).items()}
-        saved += number * sum(sizes.values())
-        trained += number * sum(size for key, size in sizes.items() if key not in kind.fixed)
+        shared = kind.shared(spec)
+        for key, shape in kind.tensors(spec).items():
+            if (tag := (key, shared.get(key, ""))) in common:
+                continue
+            if key in shared:
+                common.add(tag)
+            saved += math.prod(shape)
+            trained += 0 if key in kind.fixed else math.prod(shape)
         served_rank = max(served_rank, kind.served_rank(spec))
-        served += number * kind.served_rank(spec) * (d_in + d_out)
+        served += kind.served_rank(spec) * (module.d_in + module.d_out)
     return Count(name, kind.summary, trained, saved, served_rank, served)
 
 
-def _largest_rank(kind: Any, shapes: list[tuple[int, int]], rank: int) -> int:
+def _largest_rank(kind: ExpertKind, modules: list[Module], rank: int) -> int:
     """The largest rank below `rank` that every module can have; 0: none."""
-    from milora.experts import make_spec
-
+    shapes = {(module.d_in, module.d_out): module for module in modules}
     for smaller in range(rank - 1, 0, -1):
         try:
-            for shape in shapes:
-                kind.check(make_spec(*shape, smaller))
+            for module in shapes.values():
+                kind.check(module.spec(smaller))
         except ValueError:
             continue
         return smaller
     return 0
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def llama_modules(
     hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int
-) -> Counter[tuple[int, int]]:
-    """The linear modules of a Llama's blocks: how many of each (d_in, d_out)."""
+) -> list[Module]:
+    """The linear modules of a Llama's blocks."""
     narrow = hidden // heads * kv_heads
-    block = [(hidden, hidden)] * 2 + [(hidden, narrow)] * 2  # q and o, k and v
-    block += [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
-    return Counter(block * layers)
+    block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, narrow),
+        "self_attn.v_proj": (hidden, narrow),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, intermediate),
+        "mlp.up_proj": (hidden, intermediate),
+        "mlp.down_proj": (intermediate, hidden),
+    }
+    return [
+        Module(f"model.layers.{layer}", path, *sizes)
+        for layer in range(layers)
+        for path, sizes in block.items()
+    ]
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -128,13 +144,11 @@ def run(namespace: argparse.Namespace) -> int:
     if not 1 <= namespace.rank <= 256:
         raise UserError(f"--rank must be from 1 to 256, got {namespace.rank}")
 
-    from milora.experts import REGISTRY
-
     counts = [count_kind(name, modules, namespace.rank) for name in REGISTRY]
     result = {
         "shape": shape,
         "rank": namespace.rank,
-        "modules": sum(modules.values()),
+        "modules": len(modules),
         "router": router,
         "kinds": [asdict(count) for count in counts],
     }
@@ -144,7 +158,7 @@ def run(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _of_model(folder: str) -> tuple[Counter[tuple[int, int]], int, str]:
+def _of_model(folder: str) -> tuple[list[Module], int, str]:
     """Modules, numbers of the routers, and a title, for the model in a folder."""
     from milora.attach import hidden_size
     from milora.blocks import find_blocks, linear_shape
@@ -156,13 +170,13 @@ def _of_model(folder: str) -> tuple[Counter[tuple[int, int]], int, str]:
     model = meta_model(folder)
     with user_errors(ValueError):
         blocks = find_blocks(model, MiLoRAConfig())
-    modules: Counter[tuple[int, int]] = Counter()
+    modules: list[Module] = []
     router = 0
     for block in blocks:
-        linears = [block.module.get_submodule(path) for path in block.experts]
-        modules.update(linear_shape(linear) for linear in linears)
+        linears = {path: block.module.get_submodule(path) for path in block.experts}
+        modules += [Module(block.path, p, *linear_shape(linear)) for p, linear in linears.items()]
         if linears:
-            router += (len(linears) + 1) * hidden_size(model, linears[0]) + 12
+            router += (len(linears) + 1) * hidden_size(model, next(iter(linears.values()))) + 12
     return modules, router, folder
 
 

@@ -12,6 +12,7 @@ from milora.experts.lora_ga import LoraGa
 from milora.experts.lora_mini import LoraMini
 from milora.experts.lora_sb import LoraSb
 from milora.experts.lora_xs import LoraXs
+from milora.experts.lorta import Lorta
 from milora.experts.melora import Melora
 from milora.experts.mora import Mora
 from milora.experts.nlora import IntTune, Nlora, Slora
@@ -39,6 +40,7 @@ REGISTRY: dict[str, ExpertKind] = {
         Randlora(),
         Mora(),
         Bone(),
+        Lorta(),
     )
 }
 

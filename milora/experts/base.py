@@ -40,6 +40,7 @@ class ExpertSpec:
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    place: tuple[str, str] = ("", "")  # the block's path, the module's path in it
 
 
 def make_spec(
@@ -53,12 +54,14 @@ def make_spec(
     options: dict[str, Any] | None = None,
     seed: int = 0,
     path: str = "",
+    block: str = "",
 ) -> ExpertSpec:
-    """Build the spec of the expert on module `path`.   [rsLoRA: arXiv 2312.03732]
+    """Build the spec of the expert on module `path` of `block`.   [rsLoRA: arXiv 2312.03732]
 
     Args:
         alpha: None means rank. The scale is alpha / rank, with `rslora` alpha / sqrt(rank).
-        seed, path: the adapter's seed and the module's path in the model; hashed together.
+        seed, block, path: the adapter's seed, the block's path in the model and the module's in the
+            block; hashed together.
     Raises:
         ValueError: d_in, d_out or rank is not positive.
     """
@@ -67,8 +70,9 @@ def make_spec(
             raise ValueError(f"make_spec: {name} must be a positive integer, got {value!r}")
     alpha = float(rank if alpha is None else alpha)
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+    seed = derive_seed(seed, f"{block}.{path}" if block else path)
     return ExpertSpec(
-        d_in, d_out, rank, alpha, scale, dropout, dict(options or {}), derive_seed(seed, path)
+        d_in, d_out, rank, alpha, scale, dropout, dict(options or {}), seed, (block, path)
     )
 
 
@@ -102,11 +106,20 @@ class ExpertKind(ABC):
     fixed: ClassVar[frozenset[str]] = frozenset()  # those of `tensors` that are never trained
     needs_weight: ClassVar[bool] = False  # init and materialise call weight()
     has_output: ClassVar[bool] = False  # materialise gives an output vector
+    shares_tensors: ClassVar[bool] = False  # `shared` is not empty
     has_products: ClassVar[bool] = True  # materialise computes; False: it hands tensors through
 
     @abstractmethod
     def tensors(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:
         """Names (with "lora_" in them, without ".weight") and shapes of the saved tensors."""
+
+    def shared(self, spec: ExpertSpec) -> dict[str, str]:
+        """Those of `tensors` that experts of one adapter have in common: to what, by name.
+
+        Experts with the same answer for a name hold one tensor; the first of them in the model has
+        it in the file. Such a tensor has one shape wherever the answer is the same.
+        """
+        return {}
 
     @abstractmethod
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:

@@ -184,6 +184,11 @@ class PeftMiLoRAModel(BaseTuner):
             ValueError: as `milora.attach`.
         """
         config = self.peft_config[adapter_name]
+        if get_kind(config.expert).shares_tensors:
+            raise ValueError(
+                f"milora: experts of kind {config.expert} share tensors between modules, which "
+                "PEFT's files cannot hold; use milora.attach, milora.save and milora.load"
+            )
         if config.folder is not None:
             read_folder(model, config.folder)
             config.folder = None

@@ -21,6 +21,7 @@ from milora.adapter_validation import (
     open_folder,
     raise_all,
     tensor_forms,
+    tensor_keys,
     value_problems,
 )
 from milora.attach import spec_of
@@ -191,12 +192,13 @@ def _open_on_model(folder: Path, data: dict[str, Any], model: nn.Module | None) 
         if kind.has_output:
             raise AdapterError(f"{folder}: {kind.name} experts are no low-rank update")
         places = {f"{b.path}.{path}": (b, path) for b in file.blocks for path in b.experts}
+        all_keys = tensor_keys(file.config, file.blocks)
 
         def update(path: str) -> LowRank:
             block, inner = places[path]
             shape = linear_shape(block.module.get_submodule(inner))
             spec = spec_of(file.config, block.path, inner, shape)
-            keys = {name: expert_key(block.path, inner, name) for name in kind.tensors(spec)}
+            keys = all_keys[path]
             tensors = {name: file.read(key) for name, key in keys.items()}
             raise_all(folder, value_problems((keys[n], t) for n, t in tensors.items()))
             frozen = kind.frozen(spec)

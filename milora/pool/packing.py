@@ -34,6 +34,7 @@ def pack(
     """
     kind = get_kind(config.expert)
     problems: list[str] = []
+    common: dict[tuple[str, str], str] = {}
 
     def checked(key: str) -> Tensor:
         tensor = read(key)
@@ -51,9 +52,10 @@ def pack(
     for place in layout.experts:
         block, linear = layout.blocks[place.block].path, layouts.linears[place.block][place.path]
         spec = spec_of(config, block, place.path, (linear.d_in, linear.d_out))
-        tensors = {
-            name: checked(expert_key(block, place.path, name)) for name in kind.tensors(spec)
-        }
+        keys = {name: expert_key(block, place.path, name) for name in kind.tensors(spec)}
+        for name, tag in kind.shared(spec).items():  # the first expert that shares it has it
+            keys[name] = common.setdefault((name, tag), keys[name])
+        tensors = {name: checked(key) for name, key in keys.items()}
         frozen = kind.frozen(spec)
         if checksums is not None:
             whole = f"{block}.{place.path}"

@@ -23,6 +23,7 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+using std::memcpy;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -41,6 +42,8 @@ inline cudaError_t cudaGetLastError() { return 0; }
 
 #include "emulator.h"
 
+inline void __syncwarp() {}
+[[noreturn]] inline void __trap() { milora::emulator::die("trap"); }
 inline void __syncthreads() { milora::emulator::meet_block(); }
 template <class V>
 inline V __shfl_up_sync(unsigned, V value, int step) {

@@ -148,6 +148,7 @@ inline void give_registers() {}
 template <int kRegisters>
 inline void take_registers() {}
 
+inline void hold(float (&)[128]) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   auto& open = emulator::asynchronous.open[emulator::block.current];

@@ -54,7 +54,8 @@ __device__ __forceinline__ void publish_to_wgmma() {
 
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+  // Not bar.sync, which wants each warp to stand together.
+  asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
 template <int kRegisters>
@@ -87,6 +88,13 @@ __device__ __forceinline__ void wgmma_wait() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #endif
+}
+
+// Keeps the compiler from moving what it does with accumulators across a wait or a fence, which do
+// not name them.
+__device__ __forceinline__ void hold(float (&sums)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // sums [64, 256] (+)= a [64, 16] b [16, 256], both from shared memory by descriptor. Thread t of

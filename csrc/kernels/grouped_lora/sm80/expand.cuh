@@ -68,6 +68,7 @@ __device__ __forceinline__ void expand_stage(ExpandSums<T>& sums, const uint8_t*
                                              const uint8_t* bt, int down, int across,
                                              int first_rank, int blocks) {
   const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // after the branches of the loads
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int k = 0; k < kRanksPerStage / kRankBlock; ++k) {

@@ -32,6 +32,7 @@ using ShrinkSums = float[kWarpRankBlocks][2][2][4];
 template <class T>
 __device__ __forceinline__ void shrink_stage(ShrinkSums& sums, const uint8_t* x, const uint8_t* a,
                                              int down, int across, int blocks) {
+  __syncwarp();  // after the branches of the loads
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; piece += 2) {  // 16 elements of d_in

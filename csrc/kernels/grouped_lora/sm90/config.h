@@ -23,10 +23,14 @@ constexpr int kStages = 4;  // 192 KB: three products ahead, about 1.7 us, longe
 constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (kConsumers + 1);
-// 128 sums, addresses and bias; the producer's address arithmetic spills below 64.
+// 128 sums, addresses and bias. What the groups take must be what the kernel was launched with, 168
+// a thread (65,536 / 384 in steps of 8): asking for more waits for ever.
+constexpr int kLaunchRegisters = 168;
 constexpr int kConsumerRegisters = 224;
-constexpr int kProducerRegisters = 64;
-static_assert(kGroupThreads * (kConsumers * kConsumerRegisters + kProducerRegisters) <= 65536);
+constexpr int kProducerRegisters = 56;
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
+              (kConsumers + 1) * kLaunchRegisters);
+static_assert(kThreads * kLaunchRegisters <= 65536);
 static_assert(kRows == prefill::kBlockRows && kRows == kConsumers * 64);
 
 constexpr int kXBytes = kRows * kRowBytes;

@@ -183,13 +183,14 @@ struct Half {
   int64_t column;  // + 8 j, and the next
 };
 
-// One stage of `steps` times 16. Leaves its wgmma under way, and releases the stage before: by then
-// nobody reads that.
+// One stage of `steps` times 16. Leaves its wgmma under way.
 template <class T, bool kRank>
 __device__ __forceinline__ void multiply_stage(Half& half, const uint8_t* stage, int group,
                                                int steps, bool& accumulate) {
   const uint8_t* x = stage + group * 64 * kRowBytes;
   const uint8_t* w = stage + kXBytes;
+  hold(half.sums);
+  __syncwarp();  // lanes may leave a wait one by one; wgmma wants them together
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
@@ -250,27 +251,53 @@ __device__ __forceinline__ void adjust(Half& half, const FusedLoraParams& p,
   }
 }
 
+// words[i] of lane q of a quad becomes words[q] of lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = (threadIdx.x & step) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      uint32_t& low = words[i];
+      uint32_t& high = words[i + step];
+      const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? low : high, step);
+      (upper ? low : high) = got;
+    }
+  }
+}
+
+// Rounds and stores. A quad holds 32 neighbouring columns of a row as four times 2 a lane; after
+// the exchange a lane has 8 of them, 16 bytes.
 template <class T>
 __device__ __forceinline__ void store(const Half& half, const FusedLoraParams& p) {
   const int64_t d_out = p.lora.d_out[0], stride = p.lora.y_stride[0];
-  const bool pairs = reinterpret_cast<uintptr_t>(p.lora.y[0]) % 4 == 0 && stride % 2 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.lora.y[0]) % 16 == 0 && stride % 8 == 0;
+  const int quad_lane = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int64_t row = half.row + 8 * m;
-    if (row >= p.lora.num_tokens) continue;
-    T* y = static_cast<T*>(p.lora.y[0]) + row * stride + half.column;
+    T* y = static_cast<T*>(p.lora.y[0]) + row * stride;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      const int64_t left = d_out - half.column - 8 * j;
-      const T pair[2] = {from_float<T>(half.sums[4 * j + 2 * m]),
-                         from_float<T>(half.sums[4 * j + 2 * m + 1])};
-      if (pairs && left >= 2) {
-        uint32_t bits;
-        memcpy(&bits, pair, 4);
-        *reinterpret_cast<uint32_t*>(y + 8 * j) = bits;
+    for (int block = 0; block < kColumns / 32; ++block) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* sums = &half.sums[4 * (4 * block + i) + 2 * m];
+        const T pair[2] = {from_float<T>(sums[0]), from_float<T>(sums[1])};
+        memcpy(&words[i], pair, 4);
+      }
+      transpose_quad(words);  // all lanes, also those without a row
+      const int64_t column = half.column - 2 * quad_lane + 32 * block + 8 * quad_lane;
+      if (row >= p.lora.num_tokens || column >= d_out) continue;
+      if (aligned && column + 8 <= d_out) {
+        *reinterpret_cast<uint4*>(y + column) = {words[0], words[1], words[2], words[3]};
       } else {
-        if (left >= 1) y[8 * j] = pair[0];
-        if (left >= 2) y[8 * j + 1] = pair[1];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const auto bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+          if (column + i < d_out) memcpy(y + column + i, &bits, 2);
+        }
       }
     }
   }
@@ -310,6 +337,7 @@ __device__ __forceinline__ void consume(const FusedLoraParams& p, const Workspac
       before = at.stage;
     }
     wgmma_wait<0>();
+    hold(half.sums);
     release();
 
     // ---- bias, u, v; then S Bt ----
@@ -330,6 +358,7 @@ __device__ __forceinline__ void consume(const FusedLoraParams& p, const Workspac
       }
     }
     wgmma_wait<0>();
+    hold(half.sums);
     release();
     store<T>(half, p);
   }
@@ -344,6 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint8_t* stages = shared_memory();
   Ring& ring = *reinterpret_cast<Ring*>(stages + kStages * kStageBytes);
   if (threadIdx.x == 0) {
+    if (shared_address(stages) % 1024 != 0) __trap();  // the swizzle follows the address
     for (int i = 0; i < kStages; ++i) {
       barrier_init_count(&ring.full[i], 1);
       barrier_init_count(&ring.empty[i], kConsumers * kGroupThreads / kWarp);

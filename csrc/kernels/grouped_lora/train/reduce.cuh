@@ -81,6 +81,7 @@ template <class T>
 __device__ __forceinline__ void reduce_stage(ReduceSums<T>& sums, const uint8_t* factors,
                                              const uint8_t* data, int down, int across) {
   const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // after the branches of the loads
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int token = 0; token < kTileRows; token += 16) {

@@ -225,6 +225,27 @@ def run_forward(inputs: dict, device: str) -> list[torch.Tensor]:
     return [t.cpu() for t in ops.prompt_router(**{k: v.to(device) for k, v in inputs.items()})]
 
 
+@pytest.mark.parametrize("d", [37, 4096])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+def test_graph_replays_other_prompts(d, device):
+    """Captured once; then other hidden states, spans and routers in the same tensors."""
+    inputs = to_device(in_pool(router_inputs(torch.bfloat16, d)), device)
+    ops.prompt_router_pool(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = ops.prompt_router_pool(**inputs)
+    for shift in (1, 3):
+        other = to_device(in_pool(router_inputs(torch.bfloat16, d)), device)
+        other["spans"] = other["spans"].roll(shift, 0)
+        other["router_of"] = other["router_of"].roll(shift, 0)
+        for name, value in other.items():
+            if isinstance(value, torch.Tensor):
+                inputs[name].copy_(value)
+        graph.replay()
+        for got, want in zip(outputs, ops.prompt_router_pool(**other), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_does_not_depend_on_threads():
     inputs = router_inputs(torch.bfloat16, d=1024)
     two = run(ops.prompt_router, inputs)

@@ -286,7 +286,11 @@ inline uint4 __ldg(const uint4* from) {
   simt::check_readable(from, sizeof(uint4));
   return *from;
 }
-inline int32_t __ldg(const int32_t* from) { return *from; }
+template <class T>
+void __stwb(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) simt::fail("a vector store off its place");
+  *to = value;
+}
 template <class T>
 T atomicAdd(T* to, T value) {
   const T before = *to;

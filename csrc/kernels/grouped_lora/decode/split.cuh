@@ -5,7 +5,7 @@
 // sums in the workspace. expand: every block adds the 8 sums in order and multiplies its share of
 // Bt. Weights go from memory to registers, 4 vectors of 16 bytes in flight per thread; two or more
 // blocks a multiprocessor keep 32 KB and more under way, three times what an A100's memory needs
-// (18 GB/s x 0.6 us). Bytes as in cluster.cuh, plus 64 rank rows of sums an item, which stay in L2.
+// (18 bytes a ns and multiprocessor x 0.6 us). Bytes as in cluster.cuh, plus 64 rank rows of sums an item, which stay in L2.
 // The arithmetic, its order and hence the bits are those of the cluster form.
 #pragma once
 
@@ -13,8 +13,8 @@
 
 namespace milora {
 
-#if !defined(__CUDA_ARCH__) || \
-    __CUDA_ARCH__ < 900  // sm90 has the cluster form and never calls this
+// sm90 has the cluster form and never calls this one.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
 #define MILORA_SPLIT_FORM 1
 #endif
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +28,7 @@ from milora.errors import AdapterError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "MILORA"
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # and their names
 # A config names every expert of every block; 1000 blocks of 50 experts take about 2 MiB.
 MAX_CONFIG_BYTES = 64 << 20
 
@@ -127,8 +130,8 @@ def _meta_problems(data: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_weights(folder: str | os.PathLike, sha256: str | None) -> Iterator[Any]:
-    """Open a folder's weights with safetensors' `safe_open`, their sum checked where one is given.
+def open_weights(folder: str | os.PathLike, sha256: str | None) -> Iterator[OpenWeights]:
+    """Open a folder's weights, their sum checked where one is given. Yields: `OpenWeights`.
 
     Only the header is read until a tensor is asked for. Other formats (a pickled
     `adapter_model.bin`) are never read.
@@ -148,11 +151,57 @@ def open_weights(folder: str | os.PathLike, sha256: str | None) -> Iterator[Any]
                     "a save is replacing it"
                 )
             with safe_open(path, framework="pt") as file:
-                yield file
+                yield OpenWeights(path, held, file)
             if not os.path.samestat(os.fstat(held.fileno()), os.stat(path)):
                 raise AdapterError(f"{path}: was replaced while it was read; load it again")
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+class OpenWeights:
+    """The tensors of an open safetensors file, each read into memory of its own.
+
+    safetensors checks the header. Its own reading maps the file: the process would die (SIGBUS) if
+    somebody cut the file off meanwhile, and version 0.8 leaks two integers with each tensor.
+
+    Args:
+        held: the open file.  checked: the same file, opened by safetensors.
+    Raises:
+        milora.AdapterError: the file was changed since it was opened.
+    """
+
+    def __init__(self, path: Path, held: Any, checked: Any):
+        self._path, self._held, self._checked = path, held, checked
+        held.seek(0)
+        length = int.from_bytes(held.read(8), "little")
+        try:
+            self._header = json.loads(held.read(length))
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"{path}: not a readable safetensors file: {error}") from None
+        self._start = 8 + length
+
+    def keys(self) -> list[str]:
+        return self._checked.keys()
+
+    def get_slice(self, name: str) -> Any:
+        """What knows the tensor's `get_shape()` and `get_dtype()`."""
+        return self._checked.get_slice(name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A float32, bfloat16 or float16 tensor, on the CPU."""
+        form = self.get_slice(name)
+        shape, dtype = form.get_shape(), FLOATS[form.get_dtype()]
+        data = bytearray(math.prod(shape) * dtype.itemsize)
+        try:
+            begin, end = self._header[name]["data_offsets"]
+            self._held.seek(self._start + begin)
+            if end - begin != len(data) or self._held.readinto(data) != len(data):
+                raise ValueError(f"{name} has not the {len(data)} bytes that it should have")
+        except (LookupError, TypeError, ValueError, OSError) as error:
+            raise AdapterError(f"{self._path}: was changed while it was read: {error}") from None
+        if not data:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def sha256_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import struct
@@ -252,6 +253,49 @@ def test_replaced_while_it_is_read(tmp_path, saved, monkeypatch):
     monkeypatch.setattr(adapter_files, "safe_open", replaced)
     with pytest.raises(milora.AdapterError, match="was replaced while it was read"):
         milora.load(build("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "grown"])
+def test_cut_off_while_it_is_read(tmp_path, saved, monkeypatch, how):
+    """Of a file that is mapped into memory this would end the process, without a word."""
+    write(tmp_path, *saved)
+    weights = tmp_path / WEIGHTS_FILE
+    get_tensor, reads = adapter_files.OpenWeights.get_tensor, []
+
+    def slowly(self, name):
+        reads.append(name)
+        if len(reads) == 3:
+            size = weights.stat().st_size
+            os.truncate(weights, {"cut": size // 2, "emptied": 0, "grown": 2 * size}[how])
+        return get_tensor(self, name)
+
+    monkeypatch.setattr(adapter_files.OpenWeights, "get_tensor", slowly)
+    model = build("llama")
+    before = snapshot(model)
+    if how == "grown":  # what was there still is
+        milora.load(model, tmp_path)
+        return
+    with pytest.raises(milora.AdapterError, match="was changed while it was read"):
+        milora.load(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_reading_gives_all_memory_back(tmp_path, saved):
+    """safetensors' own reading leaks two integers with each tensor."""
+    write(tmp_path, *saved)
+
+    def read() -> None:
+        with adapter_files.open_weights(tmp_path, None) as file:
+            assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+    for _ in range(5):
+        read()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(20):
+        read()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 20 * len(saved[1]) / 2
 
 
 @pytest.mark.parametrize("other", ["wider", "deeper", "family"])

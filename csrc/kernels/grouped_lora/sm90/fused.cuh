@@ -295,8 +295,9 @@ __device__ __forceinline__ void store(const Half& half, const FusedLoraParams& p
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const auto bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
-          if (column + i < d_out) memcpy(y + column + i, &bits, 2);
+          if (column + i >= d_out) continue;
+          reinterpret_cast<uint16_t*>(y)[column + i] =
+              static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
         }
       }
     }

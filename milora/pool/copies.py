@@ -30,6 +30,10 @@ class CpuCopies:
         for start, offset, size in joined(pieces):
             self.pool[offset : offset + size].copy_(blob[start : start + size])
 
+    def put(self, target: Tensor, value: Tensor) -> None:
+        """Copy a small host tensor into a table."""
+        target.copy_(value)
+
     def move(self, moves: Pieces) -> None:
         """Copy pieces of the pool to lower places, in ascending order; the two may overlap."""
         base = self.pool.data_ptr()
@@ -54,7 +58,8 @@ class CudaCopies:
 
     The stream waits for the fence that each forward leaves on its stream, before it overwrites
     anything; forwards wait for the event of the adapter that they read. No host synchronisation but
-    after moves, which nothing else waits for.
+    after moves, which nothing else waits for: all that is copied lies in pinned memory, whose reuse
+    torch's allocator delays until the copy is done.
     """
 
     reserved = 1 << 20
@@ -78,6 +83,10 @@ class CudaCopies:
             piece = blob[start : start + size]
             self.pool[offset : offset + size].copy_(piece, non_blocking=True)
 
+    def put(self, target: Tensor, value: Tensor) -> None:
+        # From pageable memory the copy would wait for all that is queued before it.
+        target.copy_(value.pin_memory(), non_blocking=True)
+
     def move(self, moves: Pieces) -> None:
         for old, new, size in joined(moves):
             distance = old - new
@@ -95,7 +104,10 @@ class CudaCopies:
         return event
 
     def wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.pool.device).wait_event(event)
+        # A capture must not depend on work outside of it. torch synchronises the device before one
+        # begins, so what was loaded before that is there.
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self.pool.device).wait_event(event)
 
     def fence(self) -> None:
         stream = torch.cuda.current_stream(self.pool.device)
@@ -105,6 +117,8 @@ class CudaCopies:
             self.fences[stream.cuda_stream] = event
 
     def synchronize(self) -> None:
+        for fence in list(self.fences.values()):
+            fence.synchronize()  # the memory may go next: let its readers end
         self.stream.synchronize()
 
 

@@ -74,11 +74,12 @@ class PoolMemory:
         )  # index -1 is the last: an absent run is at -1
         with self.copies.writing():
             for tables, row in zip(self.tables, layout.rows, strict=True):
-                tables.offsets[slot].copy_(places[row.runs])
-                tables.ranks[slot].copy_(row.ranks)
-                tables.scales[slot].copy_(row.scales)
-                tables.router_offsets[slot].copy_(places[row.router_runs])
-                tables.router_codes[slot].copy_(row.router_codes)
+                put = self.copies.put
+                put(tables.offsets[slot], places[row.runs])
+                put(tables.ranks[slot], row.ranks)
+                put(tables.scales[slot], row.scales)
+                put(tables.router_offsets[slot], places[row.router_runs])
+                put(tables.router_codes[slot], row.router_codes)
             return self.copies.event()
 
     def hide(self, slot: int) -> None:

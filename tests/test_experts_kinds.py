@@ -14,11 +14,12 @@ from tiny_models import build, prompts, randomize
 from tolerance import assert_as_good_as_torch
 
 import milora
-from milora import MiLoRAConfig
+from milora import MiLoRAConfig, _build
 from milora.adapter_files import WEIGHTS_FILE, sha256_of
 from milora.attach import runtime_of
 from milora.cli.adapter_size import read_size
 from milora.experts import REGISTRY, get_kind
+from milora.random import uniform
 
 SHAPES = [(36, 100, 4), (64, 48, 8), (8, 4, 1), (12, 16, 20)]
 LENGTH = 7
@@ -316,3 +317,47 @@ def test_options(kind, options, message):
     with pytest.raises(ValueError) as error:
         get_kind(kind).validate(options)
     assert str(error.value) == message
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    if not _build.cuda_archs():
+        pytest.skip("milora was built without CUDA")
+    return "cuda"
+
+
+@pytest.mark.cuda
+def test_frozen_numbers_have_the_same_bits_on_a_gpu():
+    gpu = _gpu()
+    for shape in ((300, 401), (3,)):
+        for dtype in (torch.float32, torch.float64):
+            options = {"seed": 2**63 + 5, "stream": 7, "dtype": dtype}
+            here, there = uniform(shape, **options), uniform(shape, device=gpu, **options)
+            assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.cuda
+@cases
+def test_on_a_gpu(case, tmp_path):
+    """Trained on the CPU, served by a GPU: attached and from a pool the same bits."""
+    gpu = _gpu()
+    cpu = attached(case)
+    milora.save(cpu, tmp_path)
+    model = milora.load(build("llama").to(gpu), tmp_path)
+    ids = prompts(2, LENGTH).to(gpu)
+    with milora.prompt_lengths(model, LENGTH), torch.no_grad():
+        got = model(ids, adapter_names=["default"] * 2).logits
+    torch.testing.assert_close(got.cpu(), logits(cpu), rtol=1e-3, atol=1e-3)
+    pooled = build("llama").to(gpu)
+    with new_pool(pooled) as pool:
+        pool.register("kind", tmp_path)
+        with pool.acquire(["kind"]), milora.prompt_lengths(pooled, LENGTH), torch.no_grad():
+            assert torch.equal(pooled(ids, adapter_names=["kind"] * 2).logits, got)
+    milora.detach(model)
+    fresh = milora.attach(model, config_of(case))  # initial values from a base on the GPU
+    milora.save(fresh, tmp_path / "fresh")
+    assert milora.load(build("llama"), tmp_path / "fresh")

@@ -104,7 +104,6 @@ class ExpertKind(ABC):
     summary: ClassVar[str]  # what the kind is, in a few words, for `milora methods`
     defaults: ClassVar[dict[str, Any]] = {}  # the kind's own options
     fixed: ClassVar[frozenset[str]] = frozenset()  # those of `tensors` that are never trained
-    needs_weight: ClassVar[bool] = False  # init and materialise call weight()
     has_output: ClassVar[bool] = False  # materialise gives an output vector
     shares_tensors: ClassVar[bool] = False  # `shared` is not empty
     has_products: ClassVar[bool] = True  # materialise computes; False: it hands tensors through

@@ -25,7 +25,6 @@ class Dora(Lora):
 
     name = "dora"
     summary = "m W' / |W'|, W' = W + B A"
-    needs_weight = True
     has_output = True
     has_products = True
 

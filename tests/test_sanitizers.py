@@ -20,6 +20,8 @@ import torch
 
 import milora
 
+pytestmark = pytest.mark.timeout(900)  # compiling takes its time on a machine that is busy
+
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 BUILD = ROOT / "build" / "sanitize"

@@ -144,13 +144,16 @@ def test_plan(prefill, num_tokens):
 
 
 @pytest.fixture(scope="module")
-def fused(tmp_path_factory):
-    library = build("fused", tmp_path_factory.mktemp("emulator"))
+def fused_library(tmp_path_factory):
+    return build("fused", tmp_path_factory.mktemp("emulator"))
 
+
+@pytest.fixture(scope="module")
+def fused(fused_library):
     def run(inputs: dict, w, bias, blocks: int = 2, descending: bool = False):
         y = torch.full_like(inputs["y"][0], torch.nan)
         arguments = PoolArguments({**inputs, "y": [y]})
-        library.emulate_fused(
+        fused_library.emulate_fused(
             ctypes.byref(arguments),
             address(w),
             ctypes.c_int64(w.stride(0)),
@@ -161,6 +164,26 @@ def fused(tmp_path_factory):
         return y
 
     return run
+
+
+@pytest.mark.parametrize("down, across", [(1, 1), (1, 43), (7, 5), (8, 16), (9, 3), (32, 43)])
+def test_output_tiles(fused_library, down, across):
+    """Each tile once, and bands of 8 rows of tiles one after the other."""
+    tiles = torch.full((down * across, 2), -1, dtype=torch.int32)
+    fused_library.output_tiles(ctypes.c_int64(down), ctypes.c_int64(across), address(tiles))
+    pairs = [tuple(pair) for pair in tiles.tolist()]
+    assert sorted(pairs) == [(i, j) for i in range(down) for j in range(across)]
+    bands = [i // 8 for i, _ in pairs]
+    assert bands == sorted(bands)
+
+
+def test_segments(fused_library):
+    tiles = [(3, 61, 0), (64, 64, 0), (128, 2, 0), (130, 5, 1), (140, 1, 1), (141, 1, 0)]
+    want = [(3, 127, 0), (130, 5, 1), (140, 1, 1), (141, 1, 0)]
+    given = torch.tensor(tiles, dtype=torch.int32)
+    found = torch.zeros_like(given)
+    count = fused_library.segments(address(given), len(tiles), address(found))
+    assert [tuple(row) for row in found[:count].tolist()] == want
 
 
 FUSED_CASES = [

@@ -51,3 +51,27 @@ extern "C" void emulate_fused(const milora::PoolArguments* arguments, const void
     run<__half>(p, workspace, blocks, descending != 0);
   }
 }
+
+// The output tile of each index, as (down, across).
+extern "C" void output_tiles(int64_t tiles_down, int64_t tiles_across, int32_t* tiles) {
+  for (int64_t i = 0; i < tiles_down * tiles_across; ++i) {
+    const milora::fused::OutputTile tile = milora::fused::output_tile(i, tiles_down, tiles_across);
+    tiles[2 * i] = tile.down;
+    tiles[2 * i + 1] = tile.across;
+  }
+}
+
+// Segments of tiles given as rows of (first, rows, route); returns how many, as the same rows.
+extern "C" int segments(const int32_t* tiles, int count, int32_t* found) {
+  std::vector<milora::prefill::Tile> list;
+  for (int i = 0; i < count; ++i) {
+    list.push_back({tiles[3 * i], tiles[3 * i + 2], 0, static_cast<int16_t>(tiles[3 * i + 1]), 1});
+  }
+  milora::fused::Segment segment;
+  int32_t at = 0, segments = 0;
+  while (milora::fused::next_segment(list.data(), &at, count, &segment)) {
+    const int32_t row[] = {segment.first, segment.rows, segment.route};
+    std::memcpy(found + 3 * segments++, row, sizeof(row));
+  }
+  return segments;
+}

@@ -143,7 +143,10 @@ int64_t grouped_lora_backward_cuda_scratch(const GroupedLoraBackwardParams& p) {
 }
 
 int grouped_lora_backward_cuda(const GroupedLoraBackwardParams& p, void* scratch, void* stream) {
-  if (p.num_tokens == 0 || p.num_adapters == 0 || p.num_routes == 0) return cudaSuccess;
+  // The op has set every gradient to zero.
+  if (p.num_tokens == 0 || p.num_adapters == 0 || p.num_routes == 0 || p.d_out == 0) {
+    return cudaSuccess;
+  }
   BackwardMemory memory;
   lay_out(p, scratch, &memory);
   return with_type(p.dtype, [&](auto* type) {

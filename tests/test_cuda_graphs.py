@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_fused_lora import arguments, on
 from test_grouped_lora import PATHS, Case, pool_inputs, to_device, train_inputs
+from test_prompt_router import in_pool, router_inputs
 
 from milora import _build, ops
 
@@ -120,6 +121,36 @@ def test_training_replays():
     graph.replay()
     for got, expected in zip(grads, want, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("d", [37, 4096])
+def test_prompt_router_replays(d):
+    """Other hidden states, spans and routers."""
+    inputs = to_device(in_pool(router_inputs(torch.bfloat16, d)), "cuda")
+    if d == 4096:
+        inputs["h"] = inputs["h"].contiguous()  # whole vectors: another kernel
+    num_prompts, num_experts = len(inputs["spans"]), inputs["num_experts"]
+    shapes = (num_experts, num_experts, d)
+    outputs = [torch.empty(num_prompts, n, device="cuda") for n in shapes]
+
+    def call():
+        for out, value in zip(outputs, ops.prompt_router_pool(**inputs), strict=True):
+            out.copy_(value)
+
+    graph = capture(call)
+    for shift in range(3):
+        other = to_device(in_pool(router_inputs(torch.bfloat16, d)), "cuda")
+        for name in ("h", "pool"):
+            inputs[name].copy_(other[name])
+        for name in ("spans", "router_of"):
+            inputs[name].copy_(other[name].roll(shift, 0))
+        call()
+        want = [t.clone() for t in outputs]
+        for out in outputs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for got, expected in zip(outputs, want, strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("path", PATHS)

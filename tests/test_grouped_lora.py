@@ -230,54 +230,6 @@ def test_pool_bits_at_any_batch_shape_and_order(dtype, isa):
                 assert torch.equal(y, together[s][tokens]), f"{count} rows, slice {s}"
 
 
-ON_GPU = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@ON_GPU
-def test_pool_graph_replays_other_requests(dtype, path, device):
-    """Captured once; then other weights, routes, adapters and gates in the same tensors."""
-    case = Case("graph", 33, (32, 7, 64), 136, (200, 40), (0, 1, 2), (0, 1, 2), dora=True)
-    inputs = to_device(pool_inputs(case, dtype), device) | {"path": path}
-    tables = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
-    run_pool(inputs)  # what is set up once must not fall into the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ops.grouped_lora_(**inputs)
-    for routes_, adapters in (((0,) * 33, (2, 1, 0)), ((2, -1, 1) * 11, (1, -1, 1))):
-        other = to_device(pool_inputs(case, dtype), device)
-        other["route_of"] = torch.tensor(routes_, dtype=torch.int32, device=device)
-        other["adapter_of"] = torch.tensor(adapters, dtype=torch.int32, device=device)
-        other["gates"][1, 1] = 0
-        for name in tables:
-            inputs[name].copy_(other[name])
-        for mine, theirs in zip(inputs["y"], other["y"], strict=True):
-            mine.copy_(theirs)
-        graph.replay()
-        for got, want in zip(inputs["y"], run_pool(other | {"path": path}), strict=True):
-            assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@ON_GPU
-def test_pool_on_two_streams(path, device):
-    """Two calls that overlap do not share a workspace."""
-    case = Case("streams", 300, (64, 32), 4096, (4096,), (0, 1), (0, 1))
-    inputs = to_device(pool_inputs(case, torch.bfloat16), device) | {"path": path}
-    want = run_pool(inputs)[0]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    results = []
-    for i in range(8):
-        streams[i % 2].wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(streams[i % 2]):
-            results.append(run_pool(inputs)[0])
-    torch.cuda.synchronize()
-    assert all(torch.equal(got, want) for got in results)
-
-
 def test_pool_does_not_depend_on_threads():
     for num_tokens, adapters in ((64, (0, 1)), (2, (0, 1)), (1, (1,))):
         case = Case("threads", num_tokens, (32, 64), 1024, (1024,), adapters, (0, 1))

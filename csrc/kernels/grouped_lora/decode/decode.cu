@@ -51,7 +51,12 @@ cudaError_t clusters_that_fit(const Device& device, int* clusters) {
   std::atomic<int>& own = known[device.index % kMaxDevices];
   *clusters = own.load(std::memory_order_acquire);
   if (*clusters > 0) return cudaSuccess;
-  cudaError_t error =
+  // Code for an older architecture, compiled by the driver for this one, would do nothing at all.
+  cudaFuncAttributes code;
+  cudaError_t error = cudaFuncGetAttributes(&code, decode_cluster_kernel<T>);
+  if (error != cudaSuccess) return error;
+  if (code.ptxVersion < 90) return cudaErrorNoKernelImageForDevice;
+  error =
       cudaFuncSetAttribute(decode_cluster_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(sizeof(ClusterShared)));
   if (error != cudaSuccess) return error;

@@ -120,7 +120,6 @@ class Soak:
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.last_progress = time.monotonic()
         self.stop = threading.Event()
 
     def _maybe_raise(self, module: Any, args: tuple) -> None:
@@ -244,22 +243,28 @@ class Soak:
                 self.stop.set()
             with self.lock:
                 self.counts[f"{action} {outcome}"] += 1
-                self.last_progress = time.monotonic()
 
     def run(self, seconds: float, threads: int, seed: int, report: Callable[[dict], None]) -> dict:
         """Work for so long; `report` gets a sample every few seconds. Returns: the summary."""
         workers = [
             threading.Thread(target=self.work, args=(i, seed), daemon=True) for i in range(threads)
         ]
-        start = time.monotonic()
         for worker in workers:
             worker.start()
         samples: list[dict] = []
         pause = min(10.0, seconds / 40)
-        while not self.stop.wait(pause) and time.monotonic() - start < seconds:
-            samples.append(self.sample(time.monotonic() - start))
+        elapsed = idle = 0.0
+        before, actions = time.monotonic(), 0
+        while not self.stop.wait(pause) and elapsed < seconds:
+            now = time.monotonic()
+            # Time during which the whole process was suspended is none.
+            step, before = min(now - before, 2 * pause + 10.0), now
+            elapsed += step
+            samples.append(self.sample(elapsed))
             report(samples[-1])
-            if time.monotonic() - self.last_progress > STUCK_SECONDS:
+            idle = idle + step if samples[-1]["actions"] == actions else 0.0
+            actions = samples[-1]["actions"]
+            if idle > STUCK_SECONDS:
                 faulthandler.dump_traceback(all_threads=True)
                 self.errors.append(f"no thread got on for {STUCK_SECONDS:.0f} s")
                 break
@@ -271,7 +276,7 @@ class Soak:
         if growth > GROWTH:
             self.errors.append(f"memory grew by {growth / 2**20:.1f} MiB")
         summary = {
-            "seconds": round(time.monotonic() - start, 1),
+            "seconds": round(elapsed, 1),
             "threads": threads,
             "seed": seed,
             "growth": round(growth),

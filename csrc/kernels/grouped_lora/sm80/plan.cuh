@@ -1,9 +1,10 @@
 // Finds the runs of a batch on the device: what the prefill kernels work on.
 //
-// Neighbouring tokens of one route form a run; a run is cut into tiles of kTileRows rows. With
-// start(t) the first token of t's run, t begins a tile where (t - start(t)) mod kTileRows = 0, and
-// ends one where the next token begins a tile or another run. So two scans over the tokens do:
-// a maximum (start) and a sum (the tile's number, and that of its jobs).
+// Neighbouring tokens of one route form a run; a run is cut into tiles of up to kTileRows rows,
+// counted from its first token, or, in an aligned plan, at multiples of kTileRows of the batch. A
+// token begins a tile where tile_first(t, start of its run) is t itself, and ends one where the
+// next token begins a tile or another run. So two scans over the tokens do: a maximum (the run's
+// start) and a sum (the tile's number, and that of its jobs).
 //
 // One block, four tokens a thread, kPlanTokens at a time: 4096 tokens take one round. Bytes: 4 a
 // token, and what the tables of the routes in use hold; the time is a few dependent loads. A token

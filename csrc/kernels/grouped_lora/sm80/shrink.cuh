@@ -10,7 +10,8 @@
 //
 // Bytes: x once, A once a tile (from L2), 4 rank / 1024 bytes of partials per element of x. FLOPs:
 // 2 rank per element of x: at rank 32 a sixth of what an H100's memory leaves time for on mma.sync,
-// at rank 128 two thirds. So wgmma would not make this kernel faster below ranks of about 192.
+// at rank 128 two thirds. So wgmma would not make it faster below ranks of about 190 (130 on an
+// H200, whose memory is faster).
 //
 // A sum runs over its split in ascending steps of 16, whatever the tile: a row's bits depend on its
 // x and A alone. Blocks are persistent and take units in a fixed stride; nothing is atomic.

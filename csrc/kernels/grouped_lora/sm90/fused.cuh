@@ -183,18 +183,18 @@ struct Half {
   int64_t column;  // + 8 j, and the next
 };
 
-// One stage of `steps` times 16. Leaves its wgmma under way.
-template <class T, bool kRank>
+// One stage of kSteps times 16. Leaves its wgmma under way. The count is a constant, since a branch
+// between two wgmma makes the compiler wait for the first.
+template <class T, bool kRank, int kSteps>
 __device__ __forceinline__ void multiply_stage(Half& half, const uint8_t* stage, int group,
-                                               int steps, bool& accumulate) {
+                                               bool& accumulate) {
   const uint8_t* x = stage + group * 64 * kRowBytes;
   const uint8_t* w = stage + kXBytes;
   hold(half.sums);
   __syncwarp();  // lanes may leave a wait one by one; wgmma wants them together
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
-    if (k >= steps) break;
+  for (int k = 0; k < kSteps; ++k) {
     const uint64_t a = operand(x + k * 32, 8 * kRowBytes, 16);
     // Bt: 16 rows of depth further, blocks of 64 columns beside each other. W: 32 bytes further.
     const uint64_t b = kRank ? operand(w + k * 16 * kRowBytes, 8 * kRowBytes, kBlockBytes)
@@ -203,6 +203,22 @@ __device__ __forceinline__ void multiply_stage(Half& half, const uint8_t* stage,
     accumulate = true;
   }
   wgmma_commit();
+}
+
+// A stage of rank: as many steps as it has blocks of 16.
+template <class T>
+__device__ __forceinline__ void multiply_rank_stage(Half& half, const uint8_t* stage, int group,
+                                                    int ranks, bool& accumulate) {
+  static_assert(kDepth == 64);
+  if (ranks <= 16) {
+    multiply_stage<T, true, 1>(half, stage, group, accumulate);
+  } else if (ranks <= 32) {
+    multiply_stage<T, true, 2>(half, stage, group, accumulate);
+  } else if (ranks <= 48) {
+    multiply_stage<T, true, 3>(half, stage, group, accumulate);
+  } else {
+    multiply_stage<T, true, 4>(half, stage, group, accumulate);
+  }
 }
 
 // y0 += bias; then y0 += g (u y0 + v) for rows of experts that have output vectors.
@@ -331,8 +347,8 @@ __device__ __forceinline__ void consume(const FusedLoraParams& p, const Workspac
     // ---- x W^T ----
     for (int step = 0; step < depth_steps; ++step, at.advance()) {
       barrier_wait(&ring.full[at.stage], at.parity);
-      multiply_stage<T, false>(half, stages + at.stage * kStageBytes, group, kDepth / 16,
-                               accumulate);
+      multiply_stage<T, false, kDepth / 16>(half, stages + at.stage * kStageBytes, group,
+                                            accumulate);
       wgmma_wait<1>();
       release();
       before = at.stage;
@@ -350,9 +366,8 @@ __device__ __forceinline__ void consume(const FusedLoraParams& p, const Workspac
       const int ranks = p.lora.ranks[segment.adapter * p.lora.num_experts + p.lora.expert[0]];
       for (int rank = 0; rank < ranks; rank += kDepth, at.advance()) {
         barrier_wait(&ring.full[at.stage], at.parity);
-        const int steps = static_cast<int>(ceil_div(ranks - rank, 16));
-        multiply_stage<T, true>(half, stages + at.stage * kStageBytes, group,
-                                steps < kDepth / 16 ? steps : kDepth / 16, accumulate);
+        multiply_rank_stage<T>(half, stages + at.stage * kStageBytes, group, ranks - rank,
+                               accumulate);
         wgmma_wait<1>();
         release();
         before = at.stage;

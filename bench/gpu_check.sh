@@ -20,7 +20,8 @@ mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=()
 
-ops_tests=(tests/test_grouped_lora.py tests/test_prompt_router.py)
+ops_tests=(tests/test_grouped_lora.py tests/test_prompt_router.py tests/test_fused_lora.py
+  tests/test_cuda_graphs.py tests/test_pool_copies.py)
 
 stage_load() {
   if [ ! -e milora/lib/libmilora_ops.so ]; then

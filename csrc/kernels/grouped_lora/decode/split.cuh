@@ -5,8 +5,9 @@
 // sums in the workspace. expand: every block adds the 8 sums in order and multiplies its share of
 // Bt. Weights go from memory to registers, 4 vectors of 16 bytes in flight per thread; two or more
 // blocks a multiprocessor keep 32 KB and more under way, three times what an A100's memory needs
-// (18 bytes a ns and multiprocessor x 0.6 us). Bytes as in cluster.cuh, plus 64 rank rows of sums an item, which stay in L2.
-// The arithmetic, its order and hence the bits are those of the cluster form.
+// (18 bytes a ns and multiprocessor x 0.6 us). Bytes as in cluster.cuh, plus 64 rank rows of sums
+// an item, which stay in L2. The arithmetic, its order and hence the bits are those of the cluster
+// form.
 #pragma once
 
 #include "kernels/grouped_lora/decode/math.cuh"

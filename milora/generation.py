@@ -105,6 +105,7 @@ class GenerateMethods:
         try:
             return original(*args, **kwargs)
         finally:
+            runtime.abandon()
             runtime.local.generation = previous
             if lease is not None:
                 lease.release()

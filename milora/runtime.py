@@ -110,7 +110,7 @@ class Runtime:
         if call is not None and module is not self.model:
             call.depth += 1
             return None
-        self.local.call = None
+        self.abandon()
         names = kwargs.get("adapter_names", self.local.adapter_names)
         if "adapter_names" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
@@ -136,9 +136,7 @@ class Runtime:
         call.depth -= 1
         if call.depth > 0:
             return None
-        self.local.call = None
-        if call.pooled:
-            call.weights.release()
+        self.abandon()
         if output is None:
             return None
         if call.watch is not None:
@@ -151,6 +149,13 @@ class Runtime:
             return None
         close = self._close_uncompiled if torch.compiler.is_compiling() else self._close
         return close(call, module, output)
+
+    def abandon(self) -> None:
+        """End this thread's call. torch runs no hooks after a KeyboardInterrupt: then a `generate`
+        or the next forward does what `finish` could not."""
+        call, self.local.call = self.local.call, None
+        if call is not None and call.pooled:
+            call.weights.release()
 
     def _prepare(self, module: nn.Module, inputs: dict[str, Any], names: list | None) -> Call:
         """What happens before the first block.

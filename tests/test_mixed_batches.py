@@ -297,6 +297,35 @@ EXPLODES = {
 }
 
 
+@pytest.mark.parametrize("inside", ["generate", "a forward"])
+def test_an_interrupt_leaves_nothing_behind(model, prompts, inside):
+    """torch calls no hook after a KeyboardInterrupt: the next call in this thread cleans up."""
+    batch = pad(prompts)
+
+    def forward():
+        with torch.no_grad():
+            return model(**batch, adapter_names=NAMES, use_cache=True).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    want, runtime = forward(), runtime_of(model)
+    handle = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if inside == "generate":
+            model.generate(**batch, adapter_names=NAMES, **GREEDY)
+        else:
+            forward()
+    handle.remove()
+    if inside == "a forward":
+        assert torch.equal(forward(), want)
+    assert runtime.local.call is None
+    if runtime.pool is not None:
+        assert runtime.pool.statistics().in_use == 0
+        runtime.pool.compact()
+    assert torch.equal(forward(), want)
+
+
 @pytest.mark.parametrize("where", [*EXPLODES, "a processor", "a name", "the pool"])
 def test_an_exception_leaves_nothing_behind(model, prompts, where):
     batch = pad(prompts)

@@ -7,31 +7,29 @@ before the first new token, picks the top-k experts, and the choice is kept with
 from milora import ops  # loads the library: a missing or mismatched one fails here
 from milora._version import __version__
 from milora.adapters import load, save
-from milora.attach import (
-    ParameterCount,
-    activation_parameters,
-    activation_phase,
-    adapters,
-    attach,
-    balance_report,
-    count_parameters,
-    delete_adapter,
-    detach,
-    disabled,
-    pin_route,
-    prompt_lengths,
-    record_routing,
-    reset_stats,
-    set_adapter,
-    stats,
-)
+from milora.attach import adapters, attach, delete_adapter, detach, set_adapter
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError, PoolError, UserError
 from milora.eva import attach_eva
 from milora.export import export_route
+from milora.forwards import (
+    activation_phase,
+    disabled,
+    pin_route,
+    prompt_lengths,
+    record_routing,
+)
 from milora.gradient_start import init_from_gradients
 from milora.merge import merge
 from milora.pool import AdapterPool
+from milora.report import (
+    ParameterCount,
+    activation_parameters,
+    balance_report,
+    count_parameters,
+    reset_stats,
+    stats,
+)
 from milora.route_cache import held_by as routing_state
 from milora.routing import RoutingState
 from milora.runtime import Stats

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from milora.adapter_files import open_weights, read_config
-from milora.attach import hidden_size, spec_of
-from milora.blocks import Block, find_blocks, linear_shape
+from milora.blocks import Block, find_blocks, hidden_size, linear_shape, spec_of
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind

@@ -22,11 +22,12 @@ from milora.adapter_validation import (
     router_key,
     value_problems,
 )
-from milora.attach import attach_values, delete_adapter, runtime_of, spec_of
-from milora.blocks import find_blocks, linear_shape
+from milora.attach import attach_values, delete_adapter
+from milora.blocks import find_blocks, linear_shape, spec_of
 from milora.config import FORMAT_VERSION, MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind
+from milora.runtime import runtime_of
 
 
 def save(

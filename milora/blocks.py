@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from milora.config import MiLoRAConfig, matches
+from milora.experts import ExpertSpec, get_kind, make_spec
 
 
 @dataclass(frozen=True)
@@ -165,3 +166,35 @@ def _check_patterns(patterns: list[str], modules: list[tuple[str, str]], what: s
                 f"attach: no {what} matches {pattern!r}{hint} "
                 f"(there are: {', '.join(sorted(paths))})"
             )
+
+
+def spec_of(config: MiLoRAConfig, block: str, path: str, shape: tuple[int, int]) -> ExpertSpec:
+    """The spec of the expert on the module at `path` inside the block at path `block`.
+
+    Raises:
+        ValueError: a module of this shape cannot have an expert of this kind.
+    """
+    spec = make_spec(
+        *shape,
+        config.rank_of(block, path),
+        config.alpha_of(block, path),
+        rslora=config.rslora,
+        dropout=config.dropout,
+        options=config.expert_options,
+        seed=config.seed,
+        path=path,
+        block=block,
+    )
+    try:
+        get_kind(config.expert).check(spec)
+    except ValueError as error:
+        raise ValueError(f"{block}.{path}: {error}") from None
+    return spec
+
+
+def hidden_size(model: nn.Module, first: nn.Module) -> int:
+    """Width of a block's input: the config's, else what the block's first linear module reads."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else linear_shape(first)[0]

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.attach import attach, disabled, runtime_of, spec_of
-from milora.blocks import find_blocks, linear_shape
+from milora.attach import attach
+from milora.blocks import find_blocks, linear_shape, spec_of
 from milora.config import MAX_RANK, MiLoRAConfig
+from milora.forwards import disabled
+from milora.runtime import runtime_of
 
 KINDS = ("lora", "dora")  # those whose lora_A is the module's own
 

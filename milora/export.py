@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from milora.adapter_files import write_folder
 from milora.adapter_validation import expert_key
-from milora.attach import runtime_of
 from milora.experts.dora import row_norm
 from milora.nn import MiLoRALinear
 from milora.routing import RoutingState
+from milora.runtime import runtime_of
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.attach import disabled, runtime_of
 from milora.experts import get_kind
+from milora.forwards import disabled
 from milora.nn import MiLoRALinear
+from milora.runtime import runtime_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

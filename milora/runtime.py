@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from milora.pool import AdapterPool
 
 
+RUNTIME = "_milora_runtime"  # attribute of a model: its `Runtime`
+
+
 class Local(threading.local):
     """What belongs to the thread that runs a forward. Copies of a model start with a fresh one."""
 
@@ -316,40 +319,28 @@ def _get(output: Any, name: str, position: int | None = None) -> Any:
     return getattr(output, name, None)
 
 
-class BlockHook:
-    """Forward pre-hook of one block, as an object so that copies of the model copy it too."""
+def runtime_of(model: nn.Module, *, required: bool = True) -> Runtime | None:
+    """The model's `Runtime`; looks through DDP, torch.compile and PEFT wrappers.
 
-    def __init__(self, runtime: Runtime, index: int):
-        self.runtime = runtime
-        self.index = index
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.runtime.enter_block(self.index, args, kwargs)
-
-
-def add_router(
-    runtime: Runtime,
-    name: str,
-    block: int,
-    d: int,
-    device: torch.device,
-    generator: torch.Generator,
-) -> PromptRouter:
-    """Give block `block` the router of adapter `name`, as a child module of the block.
-
-    A child of the block, so that FSDP gathers its parameters together with the block's own.
+    Raises:
+        ValueError: nothing is attached and `required`.
     """
-    entry = runtime.blocks[block]
-    if not hasattr(entry.module, ROUTER_NAME):
-        entry.module.add_module(ROUTER_NAME, nn.ModuleDict())
-    router = PromptRouter(
-        d,
-        len(runtime.columns[name][block]),
-        runtime.configs[name],
-        block,
-        pooled_input=entry.source is not None,
-        device=device,
-        generator=generator,
-    )
-    getattr(entry.module, ROUTER_NAME)[name] = router
-    return router
+    for name in (None, "module", "_orig_mod", "base_model.model"):
+        inner: Any = model
+        for part in name.split(".") if name else ():
+            inner = getattr(inner, part, None)
+        if isinstance(inner, nn.Module) and RUNTIME in inner.__dict__:
+            return inner.__dict__[RUNTIME]
+    for module in model.modules():
+        if RUNTIME in module.__dict__:
+            return module.__dict__[RUNTIME]
+    if required:
+        raise ValueError(
+            f"milora: no adapter is attached to this {type(model).__name__}; call milora.attach"
+        )
+    return None
+
+
+def check_known(runtime: Runtime, name: str) -> None:
+    if name not in runtime.configs:
+        raise ValueError(f"milora: no adapter {name!r}; there are {sorted(runtime.configs)}")

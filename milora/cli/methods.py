@@ -160,8 +160,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 def _of_model(folder: str) -> tuple[list[Module], int, str]:
     """Modules, numbers of the routers, and a title, for the model in a folder."""
-    from milora.attach import hidden_size
-    from milora.blocks import find_blocks, linear_shape
+    from milora.blocks import find_blocks, hidden_size, linear_shape
     from milora.cli.models import is_local, meta_model, user_errors
     from milora.config import MiLoRAConfig
 

@@ -37,11 +37,11 @@ from milora.adapter_validation import (
     value_problems,
 )
 from milora.adapters import adapter_config, adapter_parameters, read_folder
-from milora.attach import attach, delete_adapter, detach, runtime_of
+from milora.attach import attach, delete_adapter, detach
 from milora.config import FORMAT_VERSION, MiLoRAConfig
 from milora.experts import get_kind
 from milora.nn import MiLoRALinear
-from milora.runtime import ROUTER_NAME, Runtime
+from milora.runtime import ROUTER_NAME, Runtime, runtime_of
 
 # PEFT 0.19 saves the tensors of all adapters into each adapter's file.
 if tuple(int(part) for part in peft.__version__.split(".")[:2]) not in ((0, 20), (0, 21)):

@@ -75,7 +75,7 @@ def install(runtime: Runtime) -> dict[str, Any]:
 def load_checkpoint(model: Any, folder: str | os.PathLike) -> None:
     """Load a Trainer checkpoint into the active adapter of `model`."""
     from milora.adapters import load_weights
-    from milora.attach import runtime_of
+    from milora.runtime import runtime_of
 
     runtime = runtime_of(model)
     load_weights(model, folder, runtime.active)
@@ -99,7 +99,7 @@ def teach_trainer() -> None:
         from transformers.trainer import Trainer
     except ImportError:  # accelerate is not installed: there is no Trainer to teach
         return
-    from milora.attach import runtime_of
+    from milora.runtime import runtime_of
 
     load_from_checkpoint, load_best_model = Trainer._load_from_checkpoint, Trainer._load_best_model
 
@@ -127,7 +127,7 @@ def teach_trainer() -> None:
 
 def _collective(save_model: Callable) -> Callable:
     """`Trainer.save_model` that under FSDP has every rank bring its shards of the adapter."""
-    from milora.attach import runtime_of
+    from milora.runtime import runtime_of
 
     @functools.wraps(save_model)
     def wrapped(self, output_dir=None, _internal_call=False):
@@ -153,7 +153,7 @@ def _collective(save_model: Callable) -> Callable:
 
 def _not_of_attached(save_fsdp_model: Callable) -> Callable:
     """Leave the base out of FSDP checkpoints: `save_model` has put the adapter there."""
-    from milora.attach import runtime_of
+    from milora.runtime import runtime_of
 
     @functools.wraps(save_fsdp_model)
     def wrapped(fsdp_plugin, accelerator, model, *args, **kwargs):
@@ -175,7 +175,7 @@ def _inside_own_loss(step: Callable) -> Callable:
 @contextlib.contextmanager
 def own_loss(trainer: Trainer) -> Iterator[None]:
     """Add the load-balance loss in `trainer.compute_loss`, if it does not use the model's loss."""
-    from milora.attach import runtime_of
+    from milora.runtime import runtime_of
 
     runtime = runtime_of(trainer.model, required=False)
     if runtime is None or not _makes_own_loss(trainer):

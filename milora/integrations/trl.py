@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from milora.attach import RUNTIME, runtime_of
-from milora.runtime import Runtime
+from milora.runtime import RUNTIME, Runtime, runtime_of
 
 
 class _Switch:

@@ -24,8 +24,7 @@ from milora.adapter_validation import (
     tensor_keys,
     value_problems,
 )
-from milora.attach import spec_of
-from milora.blocks import linear_shape
+from milora.blocks import linear_shape, spec_of
 from milora.config import MAX_RANK, MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from milora.adapter_validation import Geometry, Shapes, expected_shapes, router_key
-from milora.attach import spec_of
-from milora.blocks import Block
+from milora.blocks import Block, spec_of
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError
 from milora.experts import get_kind

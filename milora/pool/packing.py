@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milora.adapter_validation import checksum_problem, expert_key, router_key, value_problems
-from milora.attach import spec_of
+from milora.blocks import spec_of
 from milora.config import MiLoRAConfig
 from milora.experts import get_kind
 from milora.packing import expert_runs, padded_rows

@@ -179,6 +179,9 @@ class ExpertKind(ABC):
             raise ValueError(f"{self.name}: unknown options {unknown}; known options: {known}")
 
     @abstractmethod
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+        """A [served_rank, d_in] and B [d_out, served_rank], from `tensors` and `frozen` in one."""
+
     def materialise(
         self,
         tensors: dict[str, Tensor],
@@ -193,6 +196,8 @@ class ExpertKind(ABC):
         Raises:
             ValueError: the kind needs the base weight and `weight` is None or of another shape.
         """
+        a, b = self.factors({**frozen, **tensors}, spec)
+        return ExpertWeights(a, b, spec.scale)
 
     def option(self, spec: ExpertSpec, name: str) -> Any:
         return spec.options.get(name, self.defaults[name])

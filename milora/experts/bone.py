@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, WeightSource, zeros
+from milora.experts.base import ExpertKind, ExpertSpec, WeightSource, zeros
 
 
 class Bone(ExpertKind):
@@ -28,15 +28,9 @@ class Bone(ExpertKind):
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
         return {"lora_bone_B": zeros(spec.d_out, spec.rank)}
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
-        b = tensors["lora_bone_B"]
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+        b = values["lora_bone_B"]
         columns = torch.arange(spec.d_in, device=b.device)
         rows = torch.arange(spec.rank, device=b.device)
         a = (columns % spec.rank == rows[:, None]).to(b.dtype)
-        return ExpertWeights(a, b, spec.scale)
+        return a, b

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, WeightSource
+from milora.experts.base import ExpertKind, ExpertSpec
 
 
 class FactorChain(ExpertKind):
@@ -78,27 +78,21 @@ class FactorChain(ExpertKind):
         """`tensors` with their own product as the start, where the chain has one: dW is then 0."""
         if not self.is_anchored(spec):
             return tensors
-        a, b = self._factors(tensors)
+        a, b = self._inner_factors(tensors)
         start = {f"{self.prefix}_start_A": a.clone(), f"{self.prefix}_start_B": b.clone()}
         return {**tensors, **start}
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
-        a, b = self._factors({**frozen, **tensors})
-        if "outer_in" in frozen:
-            a, b = a @ frozen["outer_in"], frozen["outer_out"] @ b
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+        a, b = self._inner_factors(values)
+        if "outer_in" in values:
+            a, b = a @ values["outer_in"], values["outer_out"] @ b
         if self.is_anchored(spec):
             # B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0): nothing cancels in the kernels' dtype.
-            start_a, start_b = (tensors[f"{self.prefix}_start_{side}"] for side in "AB")
+            start_a, start_b = (values[f"{self.prefix}_start_{side}"] for side in "AB")
             a, b = torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], dim=1)
-        return ExpertWeights(a, b, spec.scale)
+        return a, b
 
-    def _factors(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _inner_factors(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A, and B C: an A that adapters have in common keeps its bits."""
         a, b = values[f"{self.prefix}_A"], values[f"{self.prefix}_B"]
         if self.core:

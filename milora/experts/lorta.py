@@ -25,7 +25,6 @@ from torch import Tensor
 from milora.experts.base import (
     ExpertKind,
     ExpertSpec,
-    ExpertWeights,
     WeightSource,
     check_positive,
     kaiming_uniform,
@@ -89,15 +88,9 @@ class Lorta(ExpertKind):
                 values[name] *= self.option(spec, "init_scale")
         return values
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
         diagonals = (
-            tensors["lora_lorta_head"] * tensors["lora_lorta_matrix"] * tensors["lora_lorta_layer"]
+            values["lora_lorta_head"] * values["lora_lorta_matrix"] * values["lora_lorta_layer"]
         )  # [heads, rank]
-        b = (tensors["lora_lorta_B"] * diagonals[:, None, :]).flatten(0, 1)
-        return ExpertWeights(tensors["lora_lorta_A"], b, spec.scale)
+        b = (values["lora_lorta_B"] * diagonals[:, None, :]).flatten(0, 1)
+        return values["lora_lorta_A"], b

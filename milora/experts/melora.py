@@ -16,7 +16,6 @@ from torch import Tensor
 from milora.experts.base import (
     ExpertKind,
     ExpertSpec,
-    ExpertWeights,
     WeightSource,
     check_positive,
     kaiming_uniform,
@@ -58,14 +57,8 @@ class Melora(ExpertKind):
             "melora_B": zeros(spec.d_out, spec.rank),
         }
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
         n = self.option(spec, "num_blocks")
-        a = torch.block_diag(*tensors["melora_A"].chunk(n))
-        b = torch.block_diag(*tensors["melora_B"].chunk(n))
-        return ExpertWeights(a, b, spec.scale)
+        a = torch.block_diag(*values["melora_A"].chunk(n))
+        b = torch.block_diag(*values["melora_B"].chunk(n))
+        return a, b

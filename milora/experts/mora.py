@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, WeightSource, zeros
+from milora.experts.base import ExpertKind, ExpertSpec, WeightSource, zeros
 
 
 class Mora(ExpertKind):
@@ -35,17 +35,11 @@ class Mora(ExpertKind):
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
         return {"lora_mora_M": zeros(*self.tensors(spec)["lora_mora_M"])}
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
-        m = tensors["lora_mora_M"]
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+        m = values["lora_mora_M"]
         q, device = len(m), m.device
         padded = torch.arange(-(-spec.d_in // q) * q, device=device)
         a = m.new_zeros(q, spec.d_in)
         # Entry i of the padded x is x[i mod d_in] and is summed into i mod q.
         a.index_put_((padded % q, padded % spec.d_in), m.new_ones(()), accumulate=True)
-        return ExpertWeights(a, m[torch.arange(spec.d_out, device=device) % q], spec.scale)
+        return a, m[torch.arange(spec.d_out, device=device) % q]

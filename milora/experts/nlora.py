@@ -18,13 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from milora.experts.base import (
-    ExpertSpec,
-    WeightSource,
-    check_choice,
-    kaiming_uniform,
-    zeros,
-)
+from milora.experts.base import ExpertSpec, WeightSource, check_choice, kaiming_uniform, zeros
 from milora.experts.chain import FactorChain
 from milora.random import derive_seed
 

@@ -20,15 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from milora.experts.base import (
-    ExpertKind,
-    ExpertSpec,
-    ExpertWeights,
-    WeightSource,
-    check_positive,
-    seeded,
-    zeros,
-)
+from milora.experts.base import ExpertKind, ExpertSpec, WeightSource, check_positive, seeded, zeros
 from milora.random import uniform
 
 # Streams of a module's seed: A_0, then A_j and B_j in turn.
@@ -60,16 +52,10 @@ class Nola(ExpertKind):
         values = uniform((spec.rank, spec.d_in), spec.seed, _START)
         return {"nola_start_A": seeded(values, 1 / math.sqrt(spec.d_in))}
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
-        a = Combination.apply(tensors["lora_nola_A"], (spec.rank, spec.d_in), spec.seed, 1)
-        b = Combination.apply(tensors["lora_nola_B"], (spec.d_out, spec.rank), spec.seed, 2)
-        return ExpertWeights(frozen["nola_start_A"] + a, b, spec.scale)
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+        a = Combination.apply(values["lora_nola_A"], (spec.rank, spec.d_in), spec.seed, 1)
+        b = Combination.apply(values["lora_nola_B"], (spec.d_out, spec.rank), spec.seed, 2)
+        return values["nola_start_A"] + a, b
 
 
 class Combination(torch.autograd.Function):

@@ -14,14 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from milora.experts.base import (
-    ExpertKind,
-    ExpertSpec,
-    ExpertWeights,
-    WeightSource,
-    check_positive,
-    zeros,
-)
+from milora.experts.base import ExpertKind, ExpertSpec, WeightSource, check_positive, zeros
 from milora.random import derive_seed
 
 _NAMES = ("prolora_A", "prolora_B", "prolora_unshared_A", "prolora_unshared_B")
@@ -80,14 +73,8 @@ class Prolora(ExpertKind):
                 tensors[name].uniform_(-bound, bound, generator=generator)
         return tensors
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
-        shared_a, shared_b, unshared_a, unshared_b = (tensors.get(name) for name in _NAMES)
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+        shared_a, shared_b, unshared_a, unshared_b = (values.get(name) for name in _NAMES)
         parts_a, parts_b = [], []
         if shared_a is not None and shared_b is not None:
             m, n = self.option(spec, "chunks_in"), self.option(spec, "chunks_out")
@@ -98,7 +85,7 @@ class Prolora(ExpertKind):
         if unshared_a is not None and unshared_b is not None:
             parts_a.append(unshared_a)
             parts_b.append(unshared_b)
-        return ExpertWeights(torch.cat(parts_a), torch.cat(parts_b, dim=1), spec.scale)
+        return torch.cat(parts_a), torch.cat(parts_b, dim=1)
 
 
 def _rotated(chunk: Tensor, count: int, stride: int) -> Tensor:

@@ -24,15 +24,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from milora.experts.base import (
-    ExpertKind,
-    ExpertSpec,
-    ExpertWeights,
-    WeightSource,
-    check_choice,
-    seeded,
-    zeros,
-)
+from milora.experts.base import ExpertKind, ExpertSpec, WeightSource, check_choice, seeded, zeros
 from milora.random import uniform
 
 
@@ -73,24 +65,18 @@ class Randlora(ExpertKind):
             for stream, (name, shape) in enumerate(self.frozen_shapes(spec).items())
         }
 
-    def materialise(
-        self,
-        tensors: dict[str, Tensor],
-        frozen: dict[str, Tensor],
-        spec: ExpertSpec,
-        weight: WeightSource | None = None,
-    ) -> ExpertWeights:
+    def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
         scaled = (
-            tensors["randlora_lambda"].T[:, :, None]
-            * frozen["randlora_A"]
-            * tensors["randlora_gamma"][:, None, :]
+            values["randlora_lambda"].T[:, :, None]
+            * values["randlora_A"]
+            * values["randlora_gamma"][:, None, :]
         )  # [n, rank, p]
         if self.option(spec, "layout") == "peft":
             scaled = scaled.transpose(0, 1)
-        a, b = scaled.flatten(0, 1), frozen["randlora_B"]
+        a, b = scaled.flatten(0, 1), values["randlora_B"]
         if spec.d_in > spec.d_out:
             a, b = b.T.contiguous(), a.T.contiguous()
-        return ExpertWeights(a, b, spec.scale)
+        return a, b
 
 
 def _sizes(spec: ExpertSpec) -> tuple[int, int]:

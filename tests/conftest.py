@@ -1,4 +1,4 @@
-"""What every test shares: a fixed seed, two threads, and the device and instruction-set axes."""
+"""What tests share: a fixed seed, two threads, the device and instruction-set axes, small pools."""
 
 from __future__ import annotations
 
@@ -34,3 +34,20 @@ def isa(request) -> str:
     _build.set_cpu_isa(request.param)
     yield request.param
     _build.set_cpu_isa(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small adapters in folders by name: a to f of one size, L of twice that."""
+    from pool_tools import same_size_folders  # here: tests of ops do without transformers
+
+    return same_size_folders(tmp_path_factory)
+
+
+@pytest.fixture
+def pool(folders):
+    """A pool that knows `folders` and has room for three of a to f."""
+    from pool_tools import three_of_seven
+
+    with three_of_seven(folders) as pool:
+        yield pool

@@ -15,9 +15,7 @@ from pool_tools import (
     pool_of,
     resident,
     resident_bytes,
-    same_size_folders,
     save_adapter,
-    three_of_seven,
 )
 from tiny_models import build
 
@@ -25,18 +23,6 @@ import milora
 from milora import AdapterError, MiLoRAConfig, PoolError
 from milora.adapter_files import WEIGHTS_FILE
 from milora.adapters import read_folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return same_size_folders(tmp_path_factory)
-
-
-@pytest.fixture
-def pool(folders):
-    with three_of_seven(folders) as pool:
-        yield pool
-
 
 # ---- registering --------------------------------------------------------------------------------
 

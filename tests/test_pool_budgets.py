@@ -14,7 +14,6 @@ from pool_tools import (
     pool_of,
     resident,
     resident_bytes,
-    same_size_folders,
     save_adapter,
 )
 from tiny_models import build, prompts
@@ -23,11 +22,6 @@ from milora import PoolError
 from milora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from milora.adapters import read_folder
 from milora.attach import runtime_of
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return same_size_folders(tmp_path_factory)
 
 
 def test_device_bytes_are_kept(folders):

@@ -16,9 +16,7 @@ from pool_tools import (
     pool_of,
     resident,
     resident_bytes,
-    same_size_folders,
     save_adapter,
-    three_of_seven,
 )
 from safetensors.torch import load_file, save_file
 from saved_adapters import assert_unchanged, snapshot
@@ -28,18 +26,6 @@ import milora
 from milora import AdapterError, PoolError
 from milora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, sha256_of
 from milora.attach import runtime_of
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return same_size_folders(tmp_path_factory)
-
-
-@pytest.fixture
-def pool(folders):
-    with three_of_seven(folders) as pool:
-        yield pool
-
 
 # ---- failures -----------------------------------------------------------------------------------
 

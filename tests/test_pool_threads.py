@@ -20,7 +20,6 @@ from pool_tools import (
     pool_of,
     resident,
     resident_bytes,
-    same_size_folders,
     save_adapter,
     three_of_seven,
 )
@@ -28,20 +27,8 @@ from tiny_models import build, prompts
 
 from milora import AdapterError, PoolError
 from milora.adapter_files import WEIGHTS_FILE
-from milora.pool.gate import ForwardGate
 
 PATIENCE = 30.0
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return same_size_folders(tmp_path_factory)
-
-
-@pytest.fixture
-def pool(folders):
-    with three_of_seven(folders) as pool:
-        yield pool
 
 
 class Slowly:
@@ -61,11 +48,30 @@ class Slowly:
         monkeypatch.setattr(source, "pack", pack)
 
 
-def wait_until(condition) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
+class Waiters:
+    """Counts the threads that have come to wait for `condition`, each once."""
+
+    def __init__(self, condition: threading.Condition, monkeypatch):
+        self.seen, self.begun = set(), threading.Semaphore(0)
+        wait = condition.wait
+
+        def counted(timeout=None):  # under the lock, which `wait` gives back
+            if threading.get_ident() not in self.seen:
+                self.seen.add(threading.get_ident())
+                self.begun.release()
+            return wait(timeout)
+
+        monkeypatch.setattr(condition, "wait", counted)
+
+    def expect_one_more(self) -> None:
+        assert self.begun.acquire(timeout=PATIENCE)
+
+
+def finish_prefetching() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "milora-prefetch":
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -104,12 +110,13 @@ def test_an_adapter_that_is_being_loaded_has_its_place(pool, monkeypatch):
 def test_who_needs_the_room_of_a_load_waits_for_it(pool, monkeypatch):
     """`load` takes no place beyond its end: a call that needs the room waits and does not fail."""
     slowly = Slowly(pool, "L", monkeypatch)
+    waiters = Waiters(pool._residency.changed, monkeypatch)
     with ThreadPoolExecutor(2) as threads:
         load = threads.submit(pool.load, "L")
         assert slowly.started.wait(PATIENCE)
         acquire = threads.submit(pool.acquire, ["a", "b", "c"])
         evict = threads.submit(pool.evict, "L")
-        time.sleep(0.05)
+        waiters.expect_one_more()
         assert not acquire.done()
         slowly.go.set()
         load.result(PATIENCE)
@@ -140,11 +147,13 @@ def test_waiting_for_host_memory(folders, monkeypatch):
 def test_prefetch(pool):
     for name in "abc":
         pool.prefetch(name)
-    wait_until(lambda: resident(pool) == "abc")
+    finish_prefetching()
+    assert resident(pool) == "abc"
     pool.prefetch("a")
-    wait_until(lambda: not any(t.name == "milora-prefetch" for t in threading.enumerate()))
+    finish_prefetching()
     pool.prefetch("d")  # b is the oldest
-    wait_until(lambda: resident(pool) == "acd")
+    finish_prefetching()
+    assert resident(pool) == "acd"
     assert pool.statistics().loads == 4
     with pytest.raises(ValueError, match="no adapter 'x'"):
         pool.prefetch("x")
@@ -152,10 +161,14 @@ def test_prefetch(pool):
 
 def test_acquire_waits_for_a_prefetch(pool, monkeypatch):
     slowly = Slowly(pool, "a", monkeypatch)
+    waiters = Waiters(pool._residency.changed, monkeypatch)
     pool.prefetch("a")
     assert slowly.started.wait(PATIENCE)
-    threading.Timer(0.05, slowly.go.set).start()
-    pool.acquire(["a", "b"]).release()
+    with ThreadPoolExecutor(1) as threads:
+        acquire = threads.submit(pool.acquire, ["a", "b"])
+        waiters.expect_one_more()
+        slowly.go.set()
+        acquire.result(PATIENCE).release()
     assert slowly.count == 1
 
 
@@ -166,7 +179,7 @@ def test_errors_of_a_prefetch_come_out_once(tmp_path, pool):
     pool.register("bad", tmp_path)
     for call in (pool.load, lambda name: pool.acquire(["a", name]), pool.pin):
         pool.prefetch("bad")
-        wait_until(lambda: pool.entry("bad").error is not None)
+        finish_prefetching()
         (tmp_path / WEIGHTS_FILE).write_bytes(good)
         with pytest.raises(AdapterError, match="sha256"):
             call("bad")
@@ -182,7 +195,7 @@ def test_errors_of_a_prefetch_come_out_once(tmp_path, pool):
 def test_a_prefetch_without_room_is_no_error_later(pool):
     with pool.acquire(["a", "b", "c"]):
         pool.prefetch("d")
-        wait_until(lambda: not any(t.name == "milora-prefetch" for t in threading.enumerate()))
+        finish_prefetching()
     pool.load("d")
 
 
@@ -233,17 +246,17 @@ print("end")
 # ---- forwards and compaction --------------------------------------------------------------------
 
 
-def test_compaction_waits_for_forwards_and_holds_back_new_ones(pool):
-    gate: ForwardGate = pool._residency.gate
+def test_compaction_waits_for_forwards_and_holds_back_new_ones(pool, monkeypatch):
+    waiters = Waiters(pool._residency.gate._changed, monkeypatch)
     pool.begin_forward()
     with ThreadPoolExecutor(2) as threads:
         compact = threads.submit(pool.compact)
-        wait_until(lambda: gate._movers == 1)
+        waiters.expect_one_more()
         late = threads.submit(lambda: (pool.begin_forward(), pool.end_forward()))
+        waiters.expect_one_more()
         pool.begin_forward()  # inside the first one: goes through
         pool.end_forward()
         pool.acquire([]).release()  # and so does what needs no waiting
-        time.sleep(0.02)
         assert not compact.done() and not late.done()
         pool.end_forward()
         compact.result(PATIENCE)
@@ -274,18 +287,17 @@ def test_forwards_do_not_starve_compaction(pool):
     def forwards():
         while not stop.is_set():
             pool.begin_forward()
-            time.sleep(0.001)
+            stop.wait(0.001)  # what a forward takes: the others' overlap with it
             pool.end_forward()
 
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(5) as threads:
         running = [threads.submit(forwards) for _ in range(4)]
         try:
             for name in "abc":
                 pool.load(name)
             pool.evict("a")
-            begin = time.monotonic()
-            pool.compact()
-            assert time.monotonic() - begin < PATIENCE and pool.statistics().compactions == 1
+            threads.submit(pool.compact).result(PATIENCE)
+            assert pool.statistics().compactions == 1
         finally:
             stop.set()
         for thread in running:
@@ -376,7 +388,7 @@ def test_stress(tmp_path, folders):
             for call in [threads.submit(work, seed) for seed in range(6)]:
                 call.result(PATIENCE)
         assert min(done.values()) > 10, done
-        wait_until(lambda: not any(t.name == "milora-prefetch" for t in threading.enumerate()))
+        finish_prefetching()
         for name in ranks:
             pool.evict(name)
         stats = pool.statistics()

@@ -14,9 +14,12 @@ STABLE_TORCH_LIBRARY(milora, m) {
       "grouped_lora(Tensor y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor gates, "
       "Tensor route_of, Tensor adapter_of) -> Tensor");
   m.def(
-      "grouped_lora_backward(Tensor dy, Tensor x, Tensor[] a, Tensor[] b, float[] scales, "
-      "Tensor gates, Tensor route_of, Tensor adapter_of, bool need_dx, bool need_weights, "
-      "bool need_gates) -> (Tensor, Tensor[], Tensor[], Tensor)");
+      "grouped_lora_add_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, "
+      "Tensor gates, Tensor route_of, Tensor adapter_of) -> ()");
+  m.def(
+      "grouped_lora_backward_(Tensor dy, Tensor x, Tensor[] a, Tensor[] b, float[] scales, "
+      "Tensor gates, Tensor route_of, Tensor adapter_of, Tensor(a!)? dx, Tensor(b!)[] da, "
+      "Tensor(c!)[] db, Tensor(d!)? dgates) -> ()");
   m.def(
       "prompt_router(Tensor h, Tensor spans, Tensor router_of, Tensor w_sa, Tensor w_r, "
       "Tensor coef, Tensor codes) -> (Tensor, Tensor, Tensor)");
@@ -36,7 +39,8 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("grouped_lora_", TORCH_BOX(&milora::grouped_lora_pool));
   m.impl("fused_lora", TORCH_BOX(&milora::fused_lora));
   m.impl("grouped_lora", TORCH_BOX(&milora::grouped_lora));
-  m.impl("grouped_lora_backward", TORCH_BOX(&milora::grouped_lora_backward));
+  m.impl("grouped_lora_add_", TORCH_BOX(&milora::grouped_lora_add));
+  m.impl("grouped_lora_backward_", TORCH_BOX(&milora::grouped_lora_backward));
   m.impl("prompt_router", TORCH_BOX(&milora::prompt_router));
   m.impl("prompt_router_pool", TORCH_BOX(&milora::prompt_router_pool));
   m.impl("prompt_router_backward", TORCH_BOX(&milora::prompt_router_backward));

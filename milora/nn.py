@@ -174,9 +174,8 @@ class MiLoRALinear(nn.Module):
             return base_layer(x, *args, **kwargs)
         if torch.is_grad_enabled() or self.training:
             if not call.pooled:
-                y = base_layer(x, *args, **kwargs)
-                self._check_rows(call, y)
-                return self._forward_train(call, x, y)
+                self._check_rows(call, x)
+                return self._forward_train(call, x, args, kwargs)
             if x.requires_grad:
                 raise RuntimeError(
                     "milora: adapters in a pool serve inference only; use torch.no_grad(), or "
@@ -204,7 +203,7 @@ class MiLoRALinear(nn.Module):
         self, call: Call, x: Tensor, outputs: list[Tensor], linears: tuple[MiLoRALinear, ...]
     ) -> None:
         """Update `outputs` of `linears`, which all read x: in one op call if they share a dtype."""
-        self._check_rows(call, outputs[0])
+        self._check_rows(call, x)
         active = call.state.block_active[self.block]
         if torch.compiler.is_compiling():
             active = None  # a graph must not depend on the routes
@@ -234,17 +233,17 @@ class MiLoRALinear(nn.Module):
             for i, y in zip(indices, ys, strict=True):
                 outputs[i] = y.to(outputs[i].dtype)
 
-    def _check_rows(self, call: Call, y: Tensor) -> None:
+    def _check_rows(self, call: Call, x: Tensor) -> None:
         """Refuse [T, B, d] (Longformer): its tokens would silently follow the wrong prompts."""
-        packed = call.plan is not None and call.plan.segment_of is not None
-        if y.dim() > 2 and not packed and y.shape[0] != call.state.num_rows:
+        if x.dim() <= 2 or x.shape[0] == call.state.num_rows:
+            return
+        if call.plan is None or call.plan.segment_of is None:  # not packed
             raise RuntimeError(
-                f"milora: a linear module got an input {[*y.shape[:-1], self.d_in]} that does not "
-                f"begin with the batch's {call.state.num_rows} rows; leave this module out of "
-                "target_modules"
+                f"milora: a linear module got an input {list(x.shape)} that does not begin with "
+                f"the batch's {call.state.num_rows} rows; leave this module out of target_modules"
             )
 
-    def _forward_train(self, call: Call, x: Tensor, y: Tensor) -> Tensor:
+    def _forward_train(self, call: Call, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         if x.requires_grad and is_repacked(self.base_layer):
             raise RuntimeError(
                 "milora: bitsandbytes has repacked this model's 4-bit weights for CPU inference (a "
@@ -252,41 +251,51 @@ class MiLoRALinear(nn.Module):
                 "loaded model without evaluating it, use 8 bit or torchao, or a GPU"
             )
         names = [name for name in call.adapters if name in self.specs]
-        if not names:
-            return y
         active = call.state.block_active[self.block]
-        if active is not None and not active[self.column]:
-            if keeps_unused_edges():
+        if not names or (active is not None and not active[self.column]):
+            y = self.base_layer(x, *args, **kwargs)
+            if names and keeps_unused_edges():
                 tensors = [t for name in names for t in self.trained(name).values()]
                 return _ZeroGrads.apply(y, *tensors)
             return y
-        # Gates of adapters without an expert here: their columns are zero, so any index serves.
-        index = {name: i for i, name in enumerate(names)}
-        adapter_of = call.adapter_of
-        if len(names) != len(call.adapters):
-            table = [index.get(name, -1) for name in call.adapters] + [-1]
-            adapter_of = torch.tensor(table, dtype=torch.int32, device=y.device)[adapter_of.long()]
         experts = [self.weights(name) for name in names]
+        has_outputs = any(expert.output is not None for expert in experts)
+        dropout = max(self.specs[name].dropout for name in names) if self.training else 0.0
+        if is_plain_linear(self.base_layer, x) and not (args or kwargs or dropout or has_outputs):
+            rows = x.reshape(-1, self.d_in)
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            update = self._update_arguments(call, names, experts, rows)
+            return ops.lora_linear(rows, weight, bias, *update).view(*x.shape[:-1], self.d_out)
+        y = self.base_layer(x, *args, **kwargs)
         rows = y.reshape(-1, self.d_out)
         x = x.reshape(-1, self.d_in).to(y.dtype)
-        dropout = max(self.specs[name].dropout for name in names)
-        if dropout and self.training:
+        if dropout:
             x = nn.functional.dropout(x, dropout)
-        route_of = call.route_of(rows.shape[0])
-        gates = call.state.block_gates[self.block][:, self.column].contiguous()
-        out = ops.grouped_lora(
-            rows,
-            x,
-            [e.a.to(y.dtype) for e in experts],
-            [e.b.to(y.dtype) for e in experts],
+        update = self._update_arguments(call, names, experts, rows)
+        out = ops.grouped_lora(rows, x, *update)
+        if has_outputs:
+            out = out + self._output_vectors(experts, rows, *update[3:])
+        return out.view(y.shape)
+
+    def _update_arguments(
+        self, call: Call, names: list[str], experts: list[ExpertWeights], rows: Tensor
+    ) -> tuple:
+        """What `ops.grouped_lora` takes after y and x, for as many tokens as `rows` has."""
+        adapter_of = call.adapter_of
+        if len(names) != len(call.adapters):
+            # Gates of adapters without an expert here: their columns are zero, so any index serves.
+            index = {name: i for i, name in enumerate(names)}
+            table = [index.get(name, -1) for name in call.adapters] + [-1]
+            table = torch.tensor(table, dtype=torch.int32, device=rows.device)
+            adapter_of = table[adapter_of.long()]
+        return (
+            [e.a.to(rows.dtype) for e in experts],
+            [e.b.to(rows.dtype) for e in experts],
             [e.scale for e in experts],
-            gates,
-            route_of,
+            call.state.block_gates[self.block][:, self.column].contiguous(),
+            call.route_of(rows.shape[0]),
             adapter_of,
         )
-        if any(e.output is not None for e in experts):
-            out = out + self._output_vectors(experts, rows, gates, route_of, adapter_of)
-        return out.view(y.shape)
 
     def _output_vectors(
         self,
@@ -307,6 +316,24 @@ class MiLoRALinear(nn.Module):
         y = rows if bias is None else rows - bias.to(rows.dtype)
         routes = per_route[route_of.clamp(min=0).long()] * (route_of >= 0)[:, None]
         return routes * y
+
+
+def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling `module` on x does what `nn.functional.linear` does with its frozen weight:
+    no subclass, quantized or sharded weight, hook, autocast or compiler comes between."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == x.dtype
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _version(x: Tensor) -> int | None:

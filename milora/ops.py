@@ -22,7 +22,8 @@ load_library()
 _grouped_lora_ = torch.ops.milora.grouped_lora_.default
 _fused_lora = torch.ops.milora.fused_lora.default
 _grouped_lora = torch.ops.milora.grouped_lora.default
-_grouped_lora_backward = torch.ops.milora.grouped_lora_backward.default
+_grouped_lora_add_ = torch.ops.milora.grouped_lora_add_.default
+_grouped_lora_backward_ = torch.ops.milora.grouped_lora_backward_.default
 _prompt_router = torch.ops.milora.prompt_router.default
 _prompt_router_pool = torch.ops.milora.prompt_router_pool.default
 _prompt_router_backward = torch.ops.milora.prompt_router_backward.default
@@ -160,6 +161,33 @@ def grouped_lora(
     return _grouped_lora(y, x, a, b, scales, gates, route_of, adapter_of)
 
 
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    gates: Tensor,
+    route_of: Tensor,
+    adapter_of: Tensor,
+) -> Tensor:
+    """A frozen linear module and `grouped_lora` on what it gives, as one autograd node.  [eq. 1]
+
+    The update goes into the module's own output and its gradient into the module's own gradient of
+    x, so that rows with gate 0 cost nothing in either direction.
+
+    Args:
+        x: [num_tokens, d_in] float32 | bfloat16 | float16, last dim contiguous.
+        w: [d_out, d_in], dtype of x; gets no gradient.
+        bias: [d_out], dtype of x, or None; gets no gradient.
+        a, b, scales, gates, route_of, adapter_of: as `grouped_lora` takes them.
+    Returns: [num_tokens, d_out], dtype of x.
+    Raises: RuntimeError as `grouped_lora`; also on a second derivative, which it does not have.
+    """
+    return _LoraLinear.apply(x, w, bias, scales, gates, route_of, adapter_of, *a, *b)
+
+
 def prompt_router(
     h: Tensor,
     spans: Tensor,
@@ -242,17 +270,14 @@ def _(y, x, a, b, scales, gates, route_of, adapter_of) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.register_fake("milora::grouped_lora_backward")
-def _(dy, x, a, b, scales, gates, route_of, adapter_of, need_dx, need_weights, need_gates):
-    def output(like: Tensor, wanted: bool) -> Tensor:
-        return like.new_empty(like.shape if wanted else (0,))
+@torch.library.register_fake("milora::grouped_lora_add_")
+def _(y, x, a, b, scales, gates, route_of, adapter_of) -> None:
+    return None
 
-    return (
-        output(x, need_dx),
-        [output(t, need_weights) for t in a],
-        [output(t, need_weights) for t in b],
-        output(gates, need_gates),
-    )
+
+@torch.library.register_fake("milora::grouped_lora_backward_")
+def _(dy, x, a, b, scales, gates, route_of, adapter_of, dx, da, db, dgates) -> None:
+    return None
 
 
 @torch.library.register_fake("milora::prompt_router")
@@ -284,36 +309,58 @@ def _grouped_lora_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _grouped_lora_grad(ctx: Any, dout: Tensor) -> tuple:
-    x, gates, route_of, adapter_of, *weights = ctx.saved_tensors
-    half = len(weights) // 2
+    saved = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    need_a, need_b = _any(needs[2]), _any(needs[3])
-    need_dx, need_gates = needs[1], needs[5]
-    dx = da = db = dgates = None
-    if need_dx or need_a or need_b or need_gates:
-        dx, da, db, dgates = _grouped_lora_backward(
-            _last_dim_contiguous(dout),
-            x,
-            weights[:half],
-            weights[half:],
-            ctx.scales,
-            gates,
-            route_of,
-            adapter_of,
-            need_dx,
-            need_a or need_b,
-            need_gates,
+    dx = torch.zeros_like(saved[0]) if needs[1] else None
+    need_weights = _any(needs[2]) or _any(needs[3])
+    da, db, dgates = _add_gradients(ctx, dout, saved, dx, need_weights, needs[5])
+    no_scales = None if da else []  # torch takes an empty list for one of tensors
+    return dout if needs[0] else None, dx, da, db, no_scales, dgates, None, None
+
+
+def _add_gradients(
+    ctx: Any, dy: Tensor, saved: Sequence[Tensor], dx: Tensor | None, weights: bool, gates: bool
+) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """Add the update's gradient of x to `dx`, and return those of a, b and gates where wanted.
+
+    Args:
+        saved: x, gates, route_of, adapter_of, *a, *b.
+    """
+    x, gate_values, route_of, adapter_of, *a_and_b = saved
+    half = len(a_and_b) // 2
+    a, b = a_and_b[:half], a_and_b[half:]
+    # Tokens and adapters without work keep their zeros.
+    da, db = ([torch.zeros_like(t) for t in group] if weights else [] for group in (a, b))
+    dgates = torch.zeros_like(gate_values) if gates else None
+    if weights or gates or dx is not None:
+        dy = _last_dim_contiguous(dy)
+        tables = gate_values, route_of, adapter_of
+        _grouped_lora_backward_(dy, x, a, b, ctx.scales, *tables, dx, da, db, dgates)
+    return da or [None] * half, db or [None] * half, dgates
+
+
+class _LoraLinear(torch.autograd.Function):
+    """See `lora_linear`."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, scales, gates, route_of, adapter_of, *weights):
+        y = torch.nn.functional.linear(x, w, bias)
+        half = len(weights) // 2
+        _grouped_lora_add_(
+            y, x, weights[:half], weights[half:], scales, gates, route_of, adapter_of
         )
-    return (
-        dout if needs[0] else None,
-        dx if need_dx else None,
-        da if need_a else [None] * half,
-        db if need_b else [None] * half,
-        None,
-        dgates if need_gates else None,
-        None,
-        None,
-    )
+        ctx.save_for_backward(w, x, gates, route_of, adapter_of, *weights)
+        ctx.scales = scales
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        w, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx = dy.mm(w) if needs[0] else None
+        da, db, dgates = _add_gradients(ctx, dy, saved, dx, any(needs[7:]), needs[4])
+        return dx, None, None, None, dgates, None, None, *da, *db
 
 
 def _any(needs: bool | Sequence[bool]) -> bool:

@@ -78,10 +78,11 @@ def lora_training(at_end: bool) -> int:
             tables = guarded(route_of, at_end), guarded(adapter_of, at_end)
             ops.grouped_lora(y, x, weights[:half], weights[half:], scales, gates, *tables)
             dout = guarded(torch.randn(y.shape).to(dtype), at_end)
-            ops._grouped_lora_backward(
-                dout, x, weights[:half], weights[half:], scales, gates, *tables, True, True, True
-            )
-    return 2 * len(cases) * len(DTYPES)
+            update = x, weights[:half], weights[half:], scales, gates, *tables
+            dx, dgates, *grads = (guarded(torch.zeros_like(t), at_end) for t in leaves[1:])
+            ops._grouped_lora_backward_(dout, *update, dx, grads[:half], grads[half:], dgates)
+            ops._grouped_lora_add_(guarded(leaves[0].contiguous(), at_end), *update)
+    return 3 * len(cases) * len(DTYPES)
 
 
 def router(at_end: bool) -> int:

@@ -354,13 +354,14 @@ def test_train_computes_only_wanted_gradients(monkeypatch):
     case = CASES[2]
     leaves, rest = train_inputs(case, torch.float32)
     seen = []
-    op = ops._grouped_lora_backward
+    op = ops._grouped_lora_backward_
 
     def spy(*args):
-        seen.append(args[-3:])
+        dx, da, _, dgates = args[-4:]
+        seen.append((dx is not None, len(da) > 0, dgates is not None))
         return op(*args)
 
-    monkeypatch.setattr(ops, "_grouped_lora_backward", spy)
+    monkeypatch.setattr(ops, "_grouped_lora_backward_", spy)
     y, x, gates, a0, a1, b0, b1 = leaves
     for leaf, wanted in ((x, (True, False, False)), (b1, (False, True, False))):
         leaf.requires_grad_()
@@ -393,23 +394,14 @@ def test_opcheck(dtype):
     y, x, gates, a0, a1, b0, b1 = [t.requires_grad_() for t in leaves]
     arguments = (y, x, [a0, a1], [b0, b1], scales, gates, route_of, adapter_of)
     torch.library.opcheck(torch.ops.milora.grouped_lora.default, arguments)
-    with torch.no_grad():
-        backward = [t.detach() for t in (y, x)], [a0.detach(), a1.detach()]
-        torch.library.opcheck(
-            torch.ops.milora.grouped_lora_backward.default,
-            (
-                *backward[0],
-                backward[1],
-                [b0.detach(), b1.detach()],
-                scales,
-                gates.detach(),
-                route_of,
-                adapter_of,
-                True,
-                False,
-                True,
-            ),
-        )
+    y, x, gates, a0, a1, b0, b1 = [t.detach().contiguous() for t in leaves]
+    update = x, [a0, a1], [b0, b1], scales, gates, route_of, adapter_of
+    torch.library.opcheck(torch.ops.milora.grouped_lora_add_.default, (y, *update))
+    grads = [torch.zeros_like(t) for t in (x, a0, a1, b0, b1, gates)]
+    torch.library.opcheck(
+        torch.ops.milora.grouped_lora_backward_.default,
+        (y, *update, grads[0], grads[1:3], grads[3:5], grads[5]),
+    )
 
 
 POOL_ERRORS = [

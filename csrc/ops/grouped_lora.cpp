@@ -1,4 +1,5 @@
-// milora::grouped_lora and its backward: out[t] = y[t] + g scale B A x[t], weights as tensors.
+// milora::grouped_lora, its in-place form and its backward: y[t] + g scale B A x[t], weights as
+// tensors.
 #include <cstring>
 #include <memory>
 
@@ -140,23 +141,19 @@ std::vector<LoraUnit> cut(const std::vector<LoraJob>& jobs, int64_t row_step, in
   return units;
 }
 
-// Rows that no adapter changes: a copy of y, or zeros where y is null.
-void fill_idle_rows(const TrainPlan& plan, int64_t num_tokens, int64_t d, int64_t item,
-                    const void* y, int64_t y_stride, void* out) {
-  if (static_cast<int64_t>(plan.schedule.rows.size()) == num_tokens) return;
-  std::vector<char> active(num_tokens, 0);
+// Rows that no adapter changes: a copy of y.
+void copy_idle_rows(const TrainPlan& plan, const GroupedLoraParams& p) {
+  if (static_cast<int64_t>(plan.schedule.rows.size()) == p.num_tokens) return;
+  std::vector<char> active(p.num_tokens, 0);
   for (int32_t token : plan.schedule.rows) active[token] = 1;
-  const int64_t units = (num_tokens + kTokensPerUnit - 1) / kTokensPerUnit;
-  run_tasks(units, num_tokens * d > kParallelWork, [&](int64_t i) {
-    const int64_t end = std::min((i + 1) * kTokensPerUnit, num_tokens);
+  const int64_t item = element_size(p.dtype);
+  const int64_t units = (p.num_tokens + kTokensPerUnit - 1) / kTokensPerUnit;
+  run_tasks(units, p.num_tokens * p.d_out > kParallelWork, [&](int64_t i) {
+    const int64_t end = std::min((i + 1) * kTokensPerUnit, p.num_tokens);
     for (int64_t t = i * kTokensPerUnit; t < end; ++t) {
       if (active[t]) continue;
-      char* row = static_cast<char*>(out) + t * d * item;
-      if (y == nullptr) {
-        std::memset(row, 0, d * item);
-      } else {
-        std::memcpy(row, static_cast<const char*>(y) + t * y_stride * item, d * item);
-      }
+      std::memcpy(static_cast<char*>(p.out) + t * p.d_out * item,
+                  static_cast<const char*>(p.y) + t * p.y_stride * item, p.d_out * item);
     }
   });
 }
@@ -165,7 +162,7 @@ void run_cpu(const char* op, const GroupedLoraParams& p) {
   TrainPlan plan;
   make_plan(op, p.adapters, p.num_adapters, p.gates, p.num_routes, p.route_of, p.adapter_of,
             p.num_tokens, p.d_in, p.d_out, p.dtype, &plan);
-  fill_idle_rows(plan, p.num_tokens, p.d_out, element_size(p.dtype), p.y, p.y_stride, p.out);
+  if (p.out != p.y) copy_idle_rows(plan, p);
   transpose_weights(plan, p.adapters, p.dtype, p.d_out);
   std::vector<float> hidden(plan.schedule.hidden_size);
 
@@ -239,7 +236,6 @@ void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {
     pieces.push_back({kernels.backward_db, cut(jobs, 0, p.d_out, reduce_cols(p.d_out))});
   }
   if (p.dx != nullptr) {
-    fill_idle_rows(plan, p.num_tokens, p.d_in, element_size(p.dtype), nullptr, 0, p.dx);
     pieces.push_back({kernels.backward_dx, cut(jobs, kUnitRows, p.d_in, p.d_in)});
   }
   std::vector<std::pair<decltype(kernels.backward_dx), const LoraUnit*>> tasks;
@@ -259,31 +255,32 @@ void run_cpu_backward(const char* op, const GroupedLoraBackwardParams& p) {
 
 }  // namespace
 
-Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
-                    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
-                    const Tensor& adapter_of) {
-  constexpr const char* kOp = "grouped_lora";
+namespace {
+
+// Checks and runs both forms; `out` may be y.
+void run_grouped_lora(const char* op, const Tensor& y, const Tensor& x, const Tensors& a,
+                      const Tensors& b, const std::vector<double>& scales, const Tensor& gates,
+                      const Tensor& route_of, const Tensor& adapter_of, const Tensor& out) {
   GroupedLoraParams p{};
-  p.dtype = float_dtype(kOp, "x", x);
-  check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
-  check(x.size(1) >= 1, kOp, "d_in must be at least 1, got 0");
-  check_dtype(kOp, "y", y, x.scalar_type());
-  check_shape(kOp, "y", y, {x.size(0), -1}, "[num_tokens, d_out]");
-  check_same_device(kOp, "y", y, x);
-  check_routes(kOp, x, gates, route_of, adapter_of);
+  p.dtype = float_dtype(op, "x", x);
+  check_shape(op, "x", x, {-1, -1}, "[num_tokens, d_in]");
+  check(x.size(1) >= 1, op, "d_in must be at least 1, got 0");
+  check_dtype(op, "y", y, x.scalar_type());
+  check_shape(op, "y", y, {x.size(0), -1}, "[num_tokens, d_out]");
+  check_same_device(op, "y", y, x);
+  check_routes(op, x, gates, route_of, adapter_of);
   p.num_tokens = x.size(0);
   p.d_in = x.size(1);
   p.d_out = y.size(1);
   p.num_routes = gates.size(0);
   p.num_adapters = static_cast<int64_t>(a.size());
-  const std::vector<LoraWeights> table = weight_table(kOp, x, a, b, scales, p.d_in, p.d_out);
-  Tensor out = torch::stable::new_empty(y, {p.num_tokens, p.d_out});
-  if (out.numel() == 0) return out;
+  const std::vector<LoraWeights> table = weight_table(op, x, a, b, scales, p.d_in, p.d_out);
+  if (y.numel() == 0) return;
   p.y = y.const_data_ptr();
-  p.y_stride = row_stride(kOp, "y", y);
+  p.y_stride = row_stride(op, "y", y);
   p.out = out.mutable_data_ptr();
   p.x = x.const_data_ptr();
-  p.x_stride = row_stride(kOp, "x", x);
+  p.x_stride = row_stride(op, "x", x);
   p.adapters = table.data();
   p.gates = static_cast<const float*>(gates.const_data_ptr());
   p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
@@ -291,20 +288,50 @@ Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Te
   if (x.is_cuda()) {
     const int64_t bytes = grouped_lora_cuda_scratch(p);
     Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-    run_cuda(kOp, x, [&](void* stream) {
+    run_cuda(op, x, [&](void* stream) {
       return grouped_lora_cuda(p, scratch.mutable_data_ptr(), stream);
     });
   } else {
-    run_cpu(kOp, p);
+    run_cpu(op, p);
   }
+}
+
+// Where the gradient of `of` goes: a contiguous tensor like it.
+void* gradient(const char* op, const char* name, const Tensor& grad, const Tensor& of) {
+  check_dtype(op, name, grad, of.scalar_type());
+  if (of.dim() == 1) check_shape(op, name, grad, {of.size(0)}, "[num_routes]");
+  if (of.dim() == 2) check_shape(op, name, grad, {of.size(0), of.size(1)}, "as its input");
+  check_same_device(op, name, grad, of);
+  check_contiguous(op, name, grad);
+  return grad.mutable_data_ptr();
+}
+
+}  // namespace
+
+Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
+                    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
+                    const Tensor& adapter_of) {
+  constexpr const char* kOp = "grouped_lora";
+  check_shape(kOp, "y", y, {-1, -1}, "[num_tokens, d_out]");
+  Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  run_grouped_lora(kOp, y, x, a, b, scales, gates, route_of, adapter_of, out);
   return out;
 }
 
-std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
-    const Tensor& dy, const Tensor& x, const Tensors& a, const Tensors& b,
-    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
-    const Tensor& adapter_of, bool need_dx, bool need_weights, bool need_gates) {
-  constexpr const char* kOp = "grouped_lora_backward";
+void grouped_lora_add(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
+                      const std::vector<double>& scales, const Tensor& gates,
+                      const Tensor& route_of, const Tensor& adapter_of) {
+  constexpr const char* kOp = "grouped_lora_add_";
+  check_contiguous(kOp, "y", y);
+  run_grouped_lora(kOp, y, x, a, b, scales, gates, route_of, adapter_of, y);
+}
+
+void grouped_lora_backward(const Tensor& dy, const Tensor& x, const Tensors& a, const Tensors& b,
+                           const std::vector<double>& scales, const Tensor& gates,
+                           const Tensor& route_of, const Tensor& adapter_of,
+                           const std::optional<Tensor>& dx, const Tensors& da, const Tensors& db,
+                           const std::optional<Tensor>& dgates) {
+  constexpr const char* kOp = "grouped_lora_backward_";
   GroupedLoraBackwardParams p{};
   p.dtype = float_dtype(kOp, "x", x);
   check_shape(kOp, "x", x, {-1, -1}, "[num_tokens, d_in]");
@@ -320,46 +347,34 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
   p.num_adapters = static_cast<int64_t>(a.size());
   const std::vector<LoraWeights> table = weight_table(kOp, x, a, b, scales, p.d_in, p.d_out);
 
-  // Outputs that are not wanted come back with no elements. Tokens and adapters without work keep
-  // their zeros.
-  const auto zeros = [](const Tensor& like, bool wanted, std::vector<int64_t> sizes) {
-    return wanted ? torch::stable::new_zeros(like, sizes) : torch::stable::new_empty(like, {0});
-  };
-  const bool empty = p.num_tokens == 0 || p.num_adapters == 0;
-  Tensor dx = need_dx && !empty && !x.is_cuda()
-                  ? torch::stable::new_empty(x, {p.num_tokens, p.d_in})  // written row by row
-                  : zeros(x, need_dx, {p.num_tokens, p.d_in});
-  Tensor dgates = zeros(gates, need_gates, {p.num_routes});
-  Tensors da, db;
+  if (dx) p.dx = gradient(kOp, "dx", *dx, x);
+  if (dgates) p.dgates = static_cast<float*>(gradient(kOp, "dgates", *dgates, gates));
+  check(da.size() == db.size() && (da.empty() || da.size() == a.size()), kOp,
+        "da and db must have one entry per adapter or none, got ", da.size(), " and ", db.size());
   std::vector<LoraGrads> grads;
-  for (size_t i = 0; i < a.size(); ++i) {
-    da.push_back(zeros(a[i], need_weights, {a[i].size(0), p.d_in}));
-    db.push_back(zeros(b[i], need_weights, {p.d_out, a[i].size(0)}));
-    grads.push_back({da[i].mutable_data_ptr(), db[i].mutable_data_ptr()});
+  for (size_t i = 0; i < da.size(); ++i) {
+    grads.push_back({gradient(kOp, "da", da[i], a[i]), gradient(kOp, "db", db[i], b[i])});
   }
-  if (!empty) {
-    p.dy = dy.const_data_ptr();
-    p.dy_stride = row_stride(kOp, "dy", dy);
-    p.x = x.const_data_ptr();
-    p.x_stride = row_stride(kOp, "x", x);
-    p.adapters = table.data();
-    p.gates = static_cast<const float*>(gates.const_data_ptr());
-    p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
-    p.adapter_of = static_cast<const int32_t*>(adapter_of.const_data_ptr());
-    p.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-    p.grads = need_weights ? grads.data() : nullptr;
-    p.dgates = need_gates ? static_cast<float*>(dgates.mutable_data_ptr()) : nullptr;
-    if (x.is_cuda()) {
-      const int64_t bytes = grouped_lora_backward_cuda_scratch(p);
-      Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      run_cuda(kOp, x, [&](void* stream) {
-        return grouped_lora_backward_cuda(p, scratch.mutable_data_ptr(), stream);
-      });
-    } else {
-      run_cpu_backward(kOp, p);
-    }
+  p.grads = grads.empty() ? nullptr : grads.data();
+  if (p.num_tokens == 0 || p.num_adapters == 0) return;
+
+  p.dy = dy.const_data_ptr();
+  p.dy_stride = row_stride(kOp, "dy", dy);
+  p.x = x.const_data_ptr();
+  p.x_stride = row_stride(kOp, "x", x);
+  p.adapters = table.data();
+  p.gates = static_cast<const float*>(gates.const_data_ptr());
+  p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
+  p.adapter_of = static_cast<const int32_t*>(adapter_of.const_data_ptr());
+  if (x.is_cuda()) {
+    const int64_t bytes = grouped_lora_backward_cuda_scratch(p);
+    Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    run_cuda(kOp, x, [&](void* stream) {
+      return grouped_lora_backward_cuda(p, scratch.mutable_data_ptr(), stream);
+    });
+  } else {
+    run_cpu_backward(kOp, p);
   }
-  return {dx, da, db, dgates};
 }
 
 }  // namespace milora

@@ -25,10 +25,15 @@ Tensor grouped_lora(const Tensor& y, const Tensor& x, const Tensors& a, const Te
                     const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
                     const Tensor& adapter_of);
 
-std::tuple<Tensor, Tensors, Tensors, Tensor> grouped_lora_backward(
-    const Tensor& dy, const Tensor& x, const Tensors& a, const Tensors& b,
-    const std::vector<double>& scales, const Tensor& gates, const Tensor& route_of,
-    const Tensor& adapter_of, bool need_dx, bool need_weights, bool need_gates);
+void grouped_lora_add(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b,
+                      const std::vector<double>& scales, const Tensor& gates,
+                      const Tensor& route_of, const Tensor& adapter_of);
+
+void grouped_lora_backward(const Tensor& dy, const Tensor& x, const Tensors& a, const Tensors& b,
+                           const std::vector<double>& scales, const Tensor& gates,
+                           const Tensor& route_of, const Tensor& adapter_of,
+                           const std::optional<Tensor>& dx, const Tensors& da, const Tensors& db,
+                           const std::optional<Tensor>& dgates);
 
 std::tuple<Tensor, Tensor, Tensor> prompt_router(const Tensor& h, const Tensor& spans,
                                                  const Tensor& router_of, const Tensor& w_sa,

@@ -1,6 +1,6 @@
 // Backward of the grouped low-rank update on a CPU. With G = Bt dy_t and h = A x_t:
 //
-//   dx_t = g s At G           dgate = sum_t s G . h
+//   dx_t += g s At G          dgate = sum_t s G . h
 //   dA   = sum_t (g s G) x_t  dBt   = sum_t (g s h) dy_t
 //
 // Rows first: G, h and their product (h is computed again rather than kept from the forward: it
@@ -83,7 +83,8 @@ void backward_dx_unit(const LoraBackwardWork& work, const LoraUnit& unit) {
                         panel);
     axpy_panel<Step>(coef, per_row, 1, job.rank, panel, unit.row_end - unit.row_begin, cols,
                      [&](int64_t i, int64_t c, Vec acc, int64_t n) MILORA_ALWAYS_INLINE {
-                       store_upto(dx + tokens[i] * work.d_in + c0 + c, acc, n);
+                       T* at = dx + tokens[i] * work.d_in + c0 + c;
+                       store_upto(at, add(load_upto(at, n), acc), n);
                      });
   }
 }

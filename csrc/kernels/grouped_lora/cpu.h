@@ -39,7 +39,7 @@ struct LoraBackwardWork {
   const void* x;    // [num_tokens, d_in]
   const void* dy;   // [num_tokens, d_out]
   int64_t x_stride, dy_stride, d_in, d_out;
-  void* dx;                // [num_tokens, d_in] or null
+  void* dx;                // [num_tokens, d_in], added to; or null
   const LoraGrads* grads;  // [num_adapters] or null
   Dtype dtype;
   bool need_hidden;  // dx and dA need Bt dy alone, dB and dgates need A x too

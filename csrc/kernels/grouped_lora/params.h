@@ -45,7 +45,7 @@ struct LoraWeights {
 
 struct GroupedLoraParams {
   const void* y;                // [num_tokens, d_out]
-  void* out;                    // [num_tokens, d_out], contiguous
+  void* out;                    // [num_tokens, d_out], contiguous; may be y
   const void* x;                // [num_tokens, d_in]
   const LoraWeights* adapters;  // [num_adapters], host memory
   const float* gates;           // [num_routes]
@@ -69,7 +69,7 @@ struct GroupedLoraBackwardParams {
   const float* gates;           // [num_routes]
   const int32_t* route_of;      // [num_tokens]
   const int32_t* adapter_of;    // [num_routes]
-  void* dx;                     // [num_tokens, d_in], contiguous
+  void* dx;                     // [num_tokens, d_in], contiguous, added to
   const LoraGrads* grads;       // [num_adapters], host memory
   float* dgates;                // [num_routes]
   int64_t dy_stride, x_stride;  // elements

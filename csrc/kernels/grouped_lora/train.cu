@@ -2,9 +2,9 @@
 //
 // Training runs on the kernels of prefill (sm80/): the adapters of the call are packed as a pool,
 // then
-//   forward   out = y; plan, shrink of x by A, expand by B^T into out
-//   backward  shrink of x by A (h), shrink of dy by B^T (G), expand of G by A into dx, which starts
-//             as zeros; then the sums over tokens of train/reduce.cuh
+//   forward   out = y unless it is y; plan, shrink of x by A, expand by B^T into out
+//   backward  shrink of x by A (h), shrink of dy by B^T (G), expand of G by A into dx, which is
+//             added to; then the sums over tokens of train/reduce.cuh
 // The backward of dx is the forward with A and B^T exchanged, so nothing of it is written twice.
 //
 // Floor of the backward, a token of an active slice at d = d_in = d_out, 16 bits: x and dy read
@@ -41,11 +41,13 @@ void launch_pack(const LoraWeights* adapters, int64_t num_adapters, int64_t d_in
 template <class T>
 cudaError_t forward(const GroupedLoraParams& p, const ForwardMemory& memory, cudaStream_t stream) {
   constexpr int64_t kMostRows = 65535;  // of a grid in y; the kernel strides over the rest
-  const int64_t pieces = ceil_div(p.d_out * static_cast<int64_t>(sizeof(T)), 16);
-  const dim3 copy_grid(static_cast<unsigned>(ceil_div(pieces, kPackThreads)),
-                       static_cast<unsigned>(std::min(p.num_tokens, kMostRows)));
-  copy_rows_kernel<T><<<copy_grid, kPackThreads, 0, stream>>>(
-      static_cast<T*>(p.out), static_cast<const T*>(p.y), p.y_stride, p.num_tokens, p.d_out);
+  if (p.out != p.y) {
+    const int64_t pieces = ceil_div(p.d_out * static_cast<int64_t>(sizeof(T)), 16);
+    const dim3 copy_grid(static_cast<unsigned>(ceil_div(pieces, kPackThreads)),
+                         static_cast<unsigned>(std::min(p.num_tokens, kMostRows)));
+    copy_rows_kernel<T><<<copy_grid, kPackThreads, 0, stream>>>(
+        static_cast<T*>(p.out), static_cast<const T*>(p.y), p.y_stride, p.num_tokens, p.d_out);
+  }
   if (p.num_adapters == 0 || p.num_routes == 0) return cudaGetLastError();
   GroupedLoraPoolParams params = pool_params(p, memory.pool);
   params.y[0] = p.out;

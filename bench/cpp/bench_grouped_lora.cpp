@@ -4,9 +4,6 @@
 // weights for decode, weights and activations else. Weights rotate over copies that no cache holds,
 // as the layers of a model do.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <exception>
 #include <memory>
 
 #include "common/check.h"
@@ -282,20 +279,11 @@ template <class Problem>
 void time_case(const Case& c, Dtype dtype, int repeat, const Options& options, Workers& workers,
                Report& report) {
   Problem problem(c, dtype, workers);
-  for (const std::string& isa : options.isas) {
-    set_isa(isa);
-    problem.check_result();
-    const auto times = fastest({[&] { problem.read(); }, [&] { problem.run(); }}, repeat);
-    report.add({"grouped_lora_cpp",
-                name_of(c),
-                dtype,
-                times[0],
-                times[1],
-                problem.bytes(),
-                problem.flops(),
-                {{"rank", c.rank}, {"batch", c.batch}}},
-               isa);
-  }
+  const Result result = {.bench = "grouped_lora_cpp",
+                         .name = name_of(c),
+                         .dtype = dtype,
+                         .extra = {{"rank", c.rank}, {"batch", c.batch}}};
+  time_problem(problem, result, repeat, options, report);
 }
 
 void run(const Options& options) {
@@ -334,12 +322,5 @@ void run(const Options& options) {
 }  // namespace milora::bench
 
 int main(int argc, char** argv) {
-  try {
-    milora::bench::run(milora::bench::parse(
-        argc, argv, "Times the CPU kernels of grouped_lora_, without Python and torch."));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench_grouped_lora: %s\n", error.what());
-    return EXIT_FAILURE;
-  }
-  return EXIT_SUCCESS;
+  return milora::bench::run_bench(argc, argv, "grouped_lora", milora::bench::run);
 }

@@ -1,9 +1,6 @@
 // Times the CPU kernels of prompt_router, one router per prompt, as one read of the hidden states
 // ("base") would take with the same threads. Hidden states rotate over copies that no cache holds.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <exception>
 
 #include "common/check.h"
 #include "harness.h"
@@ -146,21 +143,12 @@ void run(const Options& options) {
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
     for (const Case& c : cases) {
       Problem problem(c, dtype, workers);
-      for (const std::string& isa : options.isas) {
-        set_isa(isa);
-        problem.check_result();
-        const int repeat = options.repeat > 0 ? options.repeat : options.quick ? 20 : 100;
-        const auto times = fastest({[&] { problem.read(); }, [&] { problem.run(); }}, repeat);
-        report.add({"prompt_router_cpp",
-                    name_of(c),
-                    dtype,
-                    times[0],
-                    times[1],
-                    problem.bytes(),
-                    problem.flops(),
-                    {{"batch", c.prompts}}},
-                   isa);
-      }
+      const int repeat = options.repeat > 0 ? options.repeat : options.quick ? 20 : 100;
+      const Result result = {.bench = "prompt_router_cpp",
+                             .name = name_of(c),
+                             .dtype = dtype,
+                             .extra = {{"batch", c.prompts}}};
+      time_problem(problem, result, repeat, options, report);
     }
   }
 }
@@ -169,12 +157,5 @@ void run(const Options& options) {
 }  // namespace milora::bench
 
 int main(int argc, char** argv) {
-  try {
-    milora::bench::run(milora::bench::parse(
-        argc, argv, "Times the CPU kernels of prompt_router, without Python and torch."));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench_prompt_router: %s\n", error.what());
-    return EXIT_FAILURE;
-  }
-  return EXIT_SUCCESS;
+  return milora::bench::run_bench(argc, argv, "prompt_router", milora::bench::run);
 }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <exception>
 #include <random>
 #include <sstream>
 
@@ -68,16 +69,15 @@ std::string number(double value) {
   return text;
 }
 
-}  // namespace
-
-Options parse(int argc, char** argv, const char* what) {
+Options parse(int argc, char** argv, const char* noun) {
   Options options;
   options.threads = std::max(1u, std::thread::hardware_concurrency());
   const auto usage = [&](int code) {
     std::fprintf(code == 0 ? stdout : stderr,
-                 "%s\n\nusage: %s [--quick] [--threads N] [--repeat N] [--json FILE] "
+                 "Times the CPU kernels of %s, without Python and torch.\n\n"
+                 "usage: %s [--quick] [--threads N] [--repeat N] [--json FILE] "
                  "[--isa NAME,...|all]\n  instruction sets here: %s\n",
-                 what, argv[0], milora_cpu_isas());
+                 noun, argv[0], milora_cpu_isas());
     std::exit(code);
   };
   std::string isas = "best";
@@ -109,6 +109,18 @@ Options parse(int argc, char** argv, const char* what) {
     if (std::find(known.begin(), known.end(), isa) == known.end()) usage(2);
   }
   return options;
+}
+
+}  // namespace
+
+int run_bench(int argc, char** argv, const char* noun, void (*run)(const Options&)) {
+  try {
+    run(parse(argc, argv, noun));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_%s: %s\n", noun, error.what());
+    return EXIT_FAILURE;
+  }
+  return EXIT_SUCCESS;
 }
 
 void set_isa(const std::string& name) {

@@ -23,8 +23,9 @@ struct Options {
   std::string json;  // file, or empty
 };
 
-// Exits with a message for --help (0) and for a mistake (2).
-Options parse(int argc, char** argv, const char* what);
+// All of the main() of bench_<noun>: its exit status, after an error in words. Exits with the usage
+// for --help (0) and for a mistake (2).
+int run_bench(int argc, char** argv, const char* noun, void (*run)(const Options&));
 
 // A fixed set of threads that spin between calls: waking them is no part of a kernel.
 class Workers {
@@ -68,9 +69,9 @@ const char* name_of(Dtype dtype);
 struct Result {
   std::string bench, name;  // `name` is the case
   Dtype dtype;
-  double base;     // seconds of reading the bytes once
-  double seconds;  // of the kernel
-  int64_t bytes, flops;
+  double base = 0;     // seconds of reading the bytes once
+  double seconds = 0;  // of the kernel
+  int64_t bytes = 0, flops = 0;
   std::vector<std::pair<std::string, int64_t>> extra;  // rank, batch, ...
 };
 
@@ -92,5 +93,22 @@ class Report {
 
 // Chooses the instruction set, as MILORA_CPU_ISA does.
 void set_isa(const std::string& name);
+
+// Checks and times a problem on each instruction set; it has read(), run(), check_result(), bytes()
+// and flops(). `result` says what it is.
+template <class Problem>
+void time_problem(Problem& problem, Result result, int repeat, const Options& options,
+                  Report& report) {
+  result.bytes = problem.bytes();
+  result.flops = problem.flops();
+  for (const std::string& isa : options.isas) {
+    set_isa(isa);
+    problem.check_result();
+    const auto times = fastest({[&] { problem.read(); }, [&] { problem.run(); }}, repeat);
+    result.base = times[0];
+    result.seconds = times[1];
+    report.add(result, isa);
+  }
+}
 
 }  // namespace milora::bench

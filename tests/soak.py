@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from pool_tools import KINDS, pool_of, save_adapter
-from tiny_models import VOCAB, build
+from tiny_models import build, ragged_prompts
 
 import milora
 from milora import AdapterError, PoolError
@@ -83,8 +83,7 @@ class Soak:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        generator = torch.Generator().manual_seed(5)
-        self.prompts = [torch.randint(3, VOCAB, (n,), generator=generator) for n in LENGTHS]
+        self.prompts = ragged_prompts(LENGTHS, seed=5)
         self.folders: dict[str, Path] = {}
         kinds = list(KINDS)
         for i in range(NUM_ADAPTERS):

@@ -14,7 +14,7 @@ import torch
 from plain_model import plain_model
 from pool_tools import KINDS, pool_of, save_adapter
 from test_import_lora import peft_adapter
-from tiny_models import VOCAB, build
+from tiny_models import VOCAB, build, ragged_prompts
 from tolerance import assert_as_good_as_torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -77,8 +77,7 @@ def bare():
 
 @pytest.fixture(scope="module")
 def prompts():
-    generator = torch.Generator().manual_seed(11)
-    return [torch.randint(3, VOCAB, (n,), generator=generator) for n in LENGTHS]
+    return ragged_prompts(LENGTHS, seed=11)
 
 
 @pytest.fixture(scope="module")

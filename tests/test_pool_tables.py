@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,11 +22,20 @@ from tiny_models import build
 from tolerance import assert_as_good_as_torch
 
 import milora
-from milora import MiLoRAConfig
+from milora import AdapterPool, MiLoRAConfig
 from milora.adapters import read_folder
 from milora.attach import runtime_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@contextmanager
+def loaded(model, folder) -> Iterator[AdapterPool]:
+    """A pool of `model` with the adapter in `folder` resident as "adapter"."""
+    with torch.no_grad(), new_pool(model) as pool:
+        pool.register("adapter", folder)
+        pool.load("adapter")
+        yield pool
 
 
 def assert_shows(pool, name: str, attached, adapter: str) -> None:
@@ -66,9 +78,7 @@ def assert_shows(pool, name: str, attached, adapter: str) -> None:
 def test_tables_show_what_attached_adapters_compute_with(tmp_path, kind, dtype):
     save_adapter(tmp_path, KINDS[kind])
     attached = milora.load(build("llama").to(DTYPES[dtype]), tmp_path, "other")
-    with torch.no_grad(), new_pool(build("llama").to(DTYPES[dtype])) as pool:
-        pool.register("adapter", tmp_path)
-        pool.load("adapter")
+    with loaded(build("llama").to(DTYPES[dtype]), tmp_path) as pool:
         assert_shows(pool, "adapter", attached, "other")
 
 
@@ -77,9 +87,7 @@ def test_tables_against_a_plain_reference(tmp_path, kind):
     """scale · B A + u ⊙ W read back is the update that the saved tensors stand for, in float64."""
     made = save_adapter(tmp_path, KINDS[kind])
     runtime = runtime_of(made)
-    with torch.no_grad(), new_pool(build("llama")) as pool:
-        pool.register("adapter", tmp_path)
-        pool.load("adapter")
+    with loaded(build("llama"), tmp_path) as pool:
         for (index, column), (a, b, scale, u, _) in expert_runs(pool, "adapter").items():
             path = pool._runtime.blocks[index].experts[column]
             linear = runtime.blocks[index].module.get_submodule(path)
@@ -101,9 +109,7 @@ def test_peft_folders(tmp_path, family, use_dora):
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(tmp_path)
     attached = milora.load(build(family), tmp_path, "other")
-    with torch.no_grad(), new_pool(build(family)) as pool:
-        pool.register("adapter", tmp_path)
-        pool.load("adapter")
+    with loaded(build(family), tmp_path) as pool:
         assert not pool.entry("adapter").config.router
         assert_shows(pool, "adapter", attached, "other")
 
@@ -112,9 +118,7 @@ def test_peft_folders(tmp_path, family, use_dora):
 def test_other_architectures(tmp_path, family):
     """Decoder blocks of t5 have no pooler of their own; bert has no causal routing."""
     model = save_adapter(tmp_path, {"top_k": 2}, family=family)
-    with torch.no_grad(), new_pool(build(family)) as pool:
-        pool.register("adapter", tmp_path)
-        pool.load("adapter")
+    with loaded(build(family), tmp_path) as pool:
         assert_shows(pool, "adapter", model, "default")
 
 
@@ -144,9 +148,7 @@ def test_sizes(tmp_path):
     """Runs take what the formula says: rows on 16 bytes, runs on 64, no padding of ranks."""
     save_adapter(tmp_path, {"router": False}, rank=5)
     for dtype in (torch.float32, torch.bfloat16):
-        with new_pool(build("llama").to(dtype)) as pool:
-            pool.register("adapter", tmp_path)
-            pool.load("adapter")
+        with loaded(build("llama").to(dtype), tmp_path) as pool:
             want = lora_bytes(5, dtype=dtype)
             assert pool.entry("adapter").num_bytes == pool.statistics().device_used == want
 
@@ -187,9 +189,7 @@ def test_a_model_with_mixed_dtypes(tmp_path):
     save_adapter(tmp_path, {})
     model = build("llama")
     model.model.layers[1].mlp.to(torch.bfloat16)
-    with new_pool(model) as pool:
-        pool.register("adapter", tmp_path)
-        pool.load("adapter")
+    with loaded(model, tmp_path) as pool:
         experts = model.model.layers
         kinds = {torch.float32: 0, torch.bfloat16: 0}
         for index, dtypes in enumerate(pool.dtypes):

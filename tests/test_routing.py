@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 import transformers
+from tiny_models import VOCAB, ragged_prompts
 
 import milora
 
-VOCAB = 96
 NUM_BLOCKS = 3
 LENGTHS = (5, 9, 7)
 
@@ -58,8 +58,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompts():
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, VOCAB, (n,), generator=generator) for n in LENGTHS]
+    return ragged_prompts(LENGTHS, seed=7)
 
 
 @pytest.fixture(scope="module")

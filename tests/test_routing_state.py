@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_routing import LENGTHS, NUM_BLOCKS, VOCAB, make_model, pad, randomize, route_of
+from test_routing import LENGTHS, NUM_BLOCKS, make_model, pad, randomize, route_of
+from tiny_models import ragged_prompts
 
 import milora
 from milora import RoutingState
@@ -21,8 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompts():
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, VOCAB, (n,), generator=generator) for n in LENGTHS]
+    return ragged_prompts(LENGTHS, seed=7)
 
 
 @pytest.fixture(scope="module")

@@ -325,6 +325,12 @@ def left_padded(
     return {"input_ids": ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}
 
 
+def ragged_prompts(lengths: tuple[int, ...] | list[int], *, seed: int) -> list[Tensor]:
+    """Random prompts of these lengths, each a tensor of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator) for n in lengths]
+
+
 def prompts(rows: int, length: int, *, seed: int = 0) -> Tensor:
     """[rows, length] random token ids without padding and end-of-sequence tokens."""
     return left_padded([length] * rows, seed=seed)["input_ids"]

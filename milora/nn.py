@@ -12,6 +12,7 @@ from milora.dequantize import dequantized, is_repacked
 from milora.experts import ExpertSpec, ExpertWeights, get_kind
 from milora.router import keeps_unused_edges
 from milora.routing import Call
+from milora.updates import Update
 
 
 class Weight(nn.Module):
@@ -172,6 +173,10 @@ class MiLoRALinear(nn.Module):
         call = self._calls.call
         if call is None:
             return base_layer(x, *args, **kwargs)
+        if call.ready:
+            early = call.ready.pop(self, None)
+            if early is not None and early[0] is x and early[1] == _version(x):
+                return early[2]
         if torch.is_grad_enabled() or self.training:
             if not call.pooled:
                 self._check_rows(call, x)
@@ -187,9 +192,6 @@ class MiLoRALinear(nn.Module):
             return outputs[0]
         if call.watch is not None:
             call.watch.saw(self, x)
-        early = call.ready.pop(self, None) if call.ready else None
-        if early is not None and early[0] is x and early[1] == _version(x):
-            return early[2]
         siblings = self.siblings or (self,)
         outputs = [linear._modules["base_layer"](x) for linear in siblings]
         self._add_updates(call, x, outputs, siblings)
@@ -204,34 +206,12 @@ class MiLoRALinear(nn.Module):
     ) -> None:
         """Update `outputs` of `linears`, which all read x: in one op call if they share a dtype."""
         self._check_rows(call, x)
-        active = call.state.block_active[self.block]
-        if torch.compiler.is_compiling():
-            active = None  # a graph must not depend on the routes
-        slot_of = call.slot_of  # an adapter that is new to inference gets its slot here
-        members: dict[torch.dtype, list[int]] = {}
-        for i, linear in enumerate(linears):
-            if active is None or active[linear.column]:
-                dtype = call.weights.dtype(self.block, linear.column, outputs[i].dtype)
-                members.setdefault(dtype, []).append(i)
         num_tokens = x.numel() // self.d_in
-        for dtype, indices in members.items():
-            tables = call.weights.block(self.block, dtype)
-            ys = [outputs[i].to(dtype).contiguous() for i in indices]
-            ops.grouped_lora_(
-                ys,
-                x.to(dtype).contiguous(),
-                tables.pool,
-                tables.offsets,
-                tables.ranks,
-                tables.scales,
-                call.state.block_gates[self.block],
-                call.route_of(num_tokens),
-                slot_of,
-                [linears[i].column for i in indices],
-                call.path_of(num_tokens),
-            )
-            for i, y in zip(indices, ys, strict=True):
-                outputs[i] = y.to(outputs[i].dtype)
+        kept = call.state.updates if call.plan is None else {}  # of a decode step
+        update = kept.get(self)
+        if update is None or not update.fits(call, linears, outputs[0].dtype, num_tokens):
+            update = kept[self] = Update(call, linears, outputs, num_tokens)
+        update.add(x, outputs)
 
     def _check_rows(self, call: Call, x: Tensor) -> None:
         """Refuse [T, B, d] (Longformer): its tokens would silently follow the wrong prompts."""

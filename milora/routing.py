@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from milora.packs import Packs
     from milora.pooled import PooledWeights
     from milora.siblings import SiblingWatch
+    from milora.updates import Update
 
 STATE_FORMAT = "milora_routing_state"
 STATE_VERSION = 1
@@ -60,6 +61,7 @@ class RoutingState:
         self._adapters: tuple[tuple[str, ...], Tensor] | None = None
         self._slots: tuple[tuple[int, ...], Tensor] | None = None
         self._maps: dict[int, Tensor] = {}
+        self.updates: dict[nn.Module, Update] = {}  # of decode steps, by the first module of each
 
     # ---- reading ------------------------------------------------------------------------------
 

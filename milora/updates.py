@@ -1,0 +1,90 @@
+"""What inference adds to the outputs of linear modules that read one x."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from milora import ops
+
+if TYPE_CHECKING:
+    from milora.nn import MiLoRALinear
+    from milora.routing import Call
+
+
+class Update:
+    """The op calls of some modules of a block, ready but for x and y.
+
+    From one new token to the next nothing else changes: a `RoutingState` keeps its updates, so that
+    a decode step spends little time in Python.
+
+    Args:
+        linears: modules of one block that read the same x.
+        outputs: what their base layers made of it.
+        num_tokens: rows of x.
+    """
+
+    __slots__ = ("block", "calls", "dtype", "linears", "num_tokens", "slot_of")
+
+    def __init__(
+        self,
+        call: Call,
+        linears: tuple[MiLoRALinear, ...],
+        outputs: list[Tensor],
+        num_tokens: int,
+    ):
+        self.linears = linears
+        self.block = linears[0].block
+        self.dtype = outputs[0].dtype
+        self.num_tokens = num_tokens
+        self.slot_of = call.slot_of  # an adapter that is new to inference gets its slot here
+        active = call.state.block_active[self.block]
+        if torch.compiler.is_compiling():
+            active = None  # a graph must not depend on the routes
+        members: dict[torch.dtype, list[int]] = {}
+        for i, linear in enumerate(linears):
+            if active is None or active[linear.column]:
+                dtype = call.weights.dtype(self.block, linear.column, outputs[i].dtype)
+                members.setdefault(dtype, []).append(i)
+        self.calls = []
+        for dtype, indices in members.items():
+            tables = call.weights.block(self.block, dtype)
+            arguments = (
+                tables.pool,
+                tables.offsets,
+                tables.ranks,
+                tables.scales,
+                call.state.block_gates[self.block],
+                call.route_of(num_tokens),
+                self.slot_of,
+                [linears[i].column for i in indices],
+                call.path_of(num_tokens),
+            )
+            self.calls.append((dtype, indices, tables, arguments))
+
+    def fits(
+        self, call: Call, linears: tuple[MiLoRALinear, ...], dtype: torch.dtype, num_tokens: int
+    ) -> bool:
+        """Whether this is still the update to add: same modules, sizes, slots and tables."""
+        return (
+            self.num_tokens == num_tokens
+            and self.dtype is dtype
+            and self.slot_of is call.slot_of
+            and self.linears == linears
+            and all(call.weights.block(self.block, c[0]) is c[2] for c in self.calls)
+        )
+
+    def add(self, x: Tensor, outputs: list[Tensor]) -> None:
+        """Update `outputs`; those that the op cannot change in place are replaced."""
+        for dtype, indices, _, arguments in self.calls:
+            ys = [_ready(outputs[i], dtype) for i in indices]
+            ops.grouped_lora_(ys, _ready(x, dtype), *arguments)
+            for i, y in zip(indices, ys, strict=True):
+                if y is not outputs[i]:
+                    outputs[i] = y.to(outputs[i].dtype)
+
+
+def _ready(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return (t if t.dtype is dtype else t.to(dtype)).contiguous()

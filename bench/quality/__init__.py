@@ -1,0 +1,1 @@
+"""What MiLoRA buys: honest experiments on small models; see README.md in this folder."""

@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY(milora, m) {
   m.def(
       "grouped_lora_(Tensor(a!)[] y, Tensor x, Tensor pool, Tensor offsets, Tensor ranks, "
       "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts, "
-      "int path=0) -> ()");
+      "int path=0, Tensor? rank_gates=None) -> ()");
   m.def(
       "fused_lora(Tensor x, Tensor w, Tensor? bias, Tensor pool, Tensor offsets, Tensor ranks, "
       "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int expert) -> Tensor");

@@ -54,10 +54,12 @@ def grouped_lora_(
     adapter_of: Tensor,
     experts: Sequence[int],
     path: int = DECODE,
+    rank_gates: Tensor | None = None,
 ) -> None:
     """Add each token's gated low-rank update in place, for modules that share x.   [MiLoRA, eq. 1]
 
-    y_s[t] += g · (scale · B (A x_t) + u ⊙ y_s[t] + v),  g = gates[route_of[t], experts[s]]
+    y_s[t] += g · (scale · B (r ⊙ A x_t) + u ⊙ y_s[t] + v),
+    g = gates[route_of[t], experts[s]],  r = rank_gates[t, s, :rank], or 1 without them
 
     The y on the right is the value before. u and v are the output vectors of DoRA; an adapter
     without them has −1 in `offsets`. For inference: no autograd is registered.
@@ -80,14 +82,17 @@ def grouped_lora_(
         experts: per slice its column of `gates`, `offsets`, `ranks` and `scales`.
         path: `DECODE`, made for few rows per adapter, or `PREFILL`, for many. A row's bits depend
             on the path and on nothing beside the row. The CPU has one path and takes both.
+        rank_gates: [num_tokens, S, max_rank] float32, contiguous, or None. max_rank is 1 to 256 and
+            at least the rank of every expert in use; what lies past an expert's rank is not read.
     Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a route,
         adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
         such a row is left untouched.
-    Note: accumulates in float32 and rounds once; where the CPU or GPU multiplies bf16 pairs, A x is
-        rounded to bf16 too, as torch does between two products. No host synchronisation, CUDA-graph
-        safe.
+    Note: accumulates in float32 and rounds once; where the CPU or GPU multiplies bf16 pairs,
+        r ⊙ A x is rounded to bf16 too, as torch does between two products. No host synchronisation,
+        CUDA-graph safe.
     """
-    _grouped_lora_(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path)
+    tables = pool, offsets, ranks, scales, gates, route_of, adapter_of
+    _grouped_lora_(y, x, *tables, experts, path, rank_gates)
 
 
 def fused_lora(
@@ -118,7 +123,7 @@ def fused_lora(
         to x's dtype, as the matrix units take it.
     Raises: RuntimeError as `grouped_lora_`; on CUDA also if the GPU is not of compute capability
         9.0, the dtype is float32, or rows of x or w do not start on 16 bytes: call `linear` and
-        `grouped_lora_` there.
+        `grouped_lora_` there, and wherever a rank has a gate of its own, which this op has not.
     Note: for inference, no autograd is registered. On CUDA a row's bits depend on that row and its
         expert alone, provided that the experts' weights are finite; they are not the bits of
         `grouped_lora_`, also for rows without an adapter. The CPU computes `linear`, then
@@ -256,7 +261,20 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("milora::grouped_lora_")
-def _(y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts, path=0) -> None:
+def _(
+    y,
+    x,
+    pool,
+    offsets,
+    ranks,
+    scales,
+    gates,
+    route_of,
+    adapter_of,
+    experts,
+    path=0,
+    rank_gates=None,
+) -> None:
     return None
 
 

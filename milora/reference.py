@@ -84,6 +84,7 @@ def grouped_lora_(
     adapter_of: Tensor,
     experts: Sequence[int],
     path: int = 0,
+    rank_gates: Tensor | None = None,
     pool_dtype: torch.dtype | None = None,
 ) -> None:
     """As `milora.ops.grouped_lora_`, whatever the path.
@@ -94,7 +95,7 @@ def grouped_lora_(
     pool_dtype = pool_dtype or x.dtype
     d_in = x.shape[-1]
     x = x.view(-1, d_in)
-    for y_s, expert in zip(y, experts, strict=True):
+    for s, (y_s, expert) in enumerate(zip(y, experts, strict=True)):
         d_out = y_s.shape[-1]
         rows = y_s.view(-1, d_out)
         for t in range(x.shape[0]):
@@ -106,7 +107,10 @@ def grouped_lora_(
             at_a, at_b, at_u, at_v = offsets[adapter, expert].tolist()
             a = read_pool(pool, at_a, rank, d_in, pool_dtype).to(x.dtype)
             bt = read_pool(pool, at_b, rank, d_out, pool_dtype).to(x.dtype)
-            delta = scales[adapter, expert].to(x.dtype) * ((a @ x[t]) @ bt)
+            hidden = a @ x[t]
+            if rank_gates is not None:
+                hidden = hidden * rank_gates[t, s, :rank].to(x.dtype)
+            delta = scales[adapter, expert].to(x.dtype) * (hidden @ bt)
             if at_u >= 0:
                 u = read_pool(pool, at_u, 1, d_out, torch.float32)[0].to(x.dtype)
                 delta = delta + u * rows[t]

@@ -40,14 +40,16 @@ class PoolArguments(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("sizes", "y", "y_stride", "d_out", "experts", "x", "pool", "offsets", "ranks"),
-            *("scales", "gates", "route_of", "adapter_of"),
+            *("scales", "gates", "route_of", "adapter_of", "rank_gates"),
         )
     ]
 
     def __init__(self, inputs: dict) -> None:
         x, y, gates = inputs["x"], inputs["y"], inputs["gates"]
         sizes = (len(x), *gates.shape, inputs["ranks"].shape[0], len(y), x.shape[1], x.stride(0))
+        rank_gates = inputs.get("rank_gates")
         sizes += (inputs["pool"].numel(), DTYPE_CODES[x.dtype])
+        sizes += (0 if rank_gates is None else rank_gates.shape[2],)
         lists = {
             "sizes": sizes,
             "y": [t.data_ptr() for t in y],
@@ -58,7 +60,8 @@ class PoolArguments(ctypes.Structure):
         self.kept = {name: (ctypes.c_int64 * len(v))(*v) for name, v in lists.items()}
         pointers = {name: ctypes.addressof(array) for name, array in self.kept.items()}
         for name, _ in self._fields_:
-            pointers.setdefault(name, inputs[name].data_ptr() if name not in lists else None)
+            if name not in lists and inputs.get(name) is not None:
+                pointers[name] = inputs[name].data_ptr()
         super().__init__(**pointers)
 
 

@@ -22,6 +22,7 @@ from test_grouped_lora import (
     run_train,
     train_inputs,
 )
+from test_rank_gates import gated_inputs
 from tolerance import assert_as_good_as_torch
 
 from milora import reference
@@ -56,7 +57,11 @@ MORE_CASES = [
 
 
 def check(run, case: Case, dtype: torch.dtype, **options) -> None:
-    inputs = pool_inputs(case, dtype)
+    check_inputs(run, pool_inputs(case, dtype), **options)
+
+
+def check_inputs(run, inputs: dict, **options) -> None:
+    dtype = inputs["x"].dtype
     actual, _ = run(inputs, **options)
     expected = [t.double() for t in inputs["y"]]
     reference.grouped_lora_(
@@ -76,6 +81,13 @@ def test_prefill_against_reference(prefill, case, dtype):
     check(prefill, case, dtype)
     if case.name in ("two_splits", "siblings", "two_passes"):
         check(prefill, case, dtype, blocks=1, descending=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["rank_mix", "bare_rows", "dora", "two_splits", "siblings"])
+def test_prefill_with_rank_gates(prefill, name, dtype):
+    case = next(case for case in CASES + MORE_CASES if case.name == name)
+    check_inputs(prefill, gated_inputs(case, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from test_grouped_lora import CASES, DTYPES, Case, clone_strided, pool_inputs
 from test_prompt_router import ALL_CODES, SPANS, in_pool, router_inputs, run
+from test_rank_gates import gated_inputs
 from tolerance import assert_as_good_as_torch
 
 from milora import reference
@@ -74,6 +75,8 @@ class PoolParams(ctypes.Structure):
         ("num_slices", INT64),
         ("d_in", INT64),
         ("dtype", INT32),
+        ("rank_gates", POINTER),
+        ("max_rank", INT64),
     ]
 
 
@@ -99,6 +102,8 @@ def decode():
         names = ("x", "pool", "offsets", "ranks", "scales", "gates", "route_of", "adapter_of")
         for name in names:
             setattr(p, name, inputs[name].data_ptr())
+        if (rank_gates := inputs.get("rank_gates")) is not None:
+            p.rank_gates, p.max_rank = rank_gates.data_ptr(), rank_gates.shape[2]
         for s, y in enumerate(inputs["y"]):
             p.y[s], p.y_stride[s], p.d_out[s] = y.data_ptr(), y.stride(0), y.shape[1]
             p.expert[s] = inputs["experts"][s]
@@ -122,7 +127,19 @@ DECODE_CASES = [case for case in CASES if 0 < case.num_tokens < 100] + [
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 @FORMS
 def test_decode_against_reference(decode, case, dtype, clusters):
-    inputs = pool_inputs(case, dtype)
+    check_decode(decode, pool_inputs(case, dtype), clusters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["odd_sizes", "rank_mix", "bare_rows", "tiles", "groups"])
+@FORMS
+def test_decode_with_rank_gates(decode, name, dtype, clusters):
+    case = next(case for case in DECODE_CASES if case.name == name)
+    check_decode(decode, gated_inputs(case, dtype), clusters)
+
+
+def check_decode(decode, inputs: dict, clusters: bool) -> None:
+    dtype = inputs["x"].dtype
     actual = decode(inputs, clusters)
     expected = [t.double() for t in inputs["y"]]
     reference.grouped_lora_(

@@ -130,7 +130,11 @@ def clone_strided(t: torch.Tensor) -> torch.Tensor:
 def check_pool_case(
     case: Case, dtype: torch.dtype, device: str = "cpu", path: int = ops.DECODE
 ) -> None:
-    inputs = pool_inputs(case, dtype)
+    check_pool_inputs(pool_inputs(case, dtype), device, path)
+
+
+def check_pool_inputs(inputs: dict, device: str = "cpu", path: int = ops.DECODE) -> None:
+    dtype = inputs["x"].dtype
     actual = run_pool({**to_device(inputs, device), "path": path})
     expected = [t.double() for t in inputs["y"]]
     reference.grouped_lora_(

@@ -1,4 +1,4 @@
-// milora::grouped_lora_: y[s][t] += g (scale B A x[t] + u y[s][t] + v), weights read from the pool.
+// milora::grouped_lora_: y[s][t] += g (scale B (rg * A x[t]) + u y[s][t] + v), weights in the pool.
 #include "common/cuda_runtime.h"
 #include "kernels/grouped_lora/cpu.h"
 #include "kernels/grouped_lora/decode/decode.h"
@@ -31,6 +31,9 @@ void run_cpu(const GroupedLoraPoolParams& params) {
   work.rows = plan.rows.data();
   work.row_gates = plan.row_gates.data();
   work.hidden = hidden.data();
+  work.rank_gates = params.rank_gates;
+  work.num_slices = params.num_slices;
+  work.max_rank = params.max_rank;
   work.x = params.x;
   work.x_stride = params.x_stride;
   work.d_in = params.d_in;
@@ -57,16 +60,30 @@ int launch_cuda(const GroupedLoraPoolParams& p, int64_t path, const Tensor& x, v
                 : grouped_lora_prefill_cuda(p, memory, stream);
 }
 
+void set_rank_gates(const Tensor& rank_gates, const Tensor& x, GroupedLoraPoolParams* p) {
+  check_dtype(kOp, "rank_gates", rank_gates, ScalarType::Float);
+  check_shape(kOp, "rank_gates", rank_gates, {p->num_tokens, p->num_slices, -1},
+              "[num_tokens, num_slices, max_rank]");
+  check_same_device(kOp, "rank_gates", rank_gates, x);
+  check_contiguous(kOp, "rank_gates", rank_gates);
+  p->max_rank = rank_gates.size(2);
+  check(p->max_rank >= 1 && p->max_rank <= kMaxRank, kOp, "rank_gates must have 1 to ", kMaxRank,
+        " columns, got ", p->max_rank);
+  p->rank_gates = static_cast<const float*>(rank_gates.const_data_ptr());
+}
+
 }  // namespace
 
 void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
                        const Tensor& ranks, const Tensor& scales, const Tensor& gates,
                        const Tensor& route_of, const Tensor& adapter_of,
-                       const std::vector<int64_t>& experts, int64_t path) {
-  const GroupedLoraPoolParams p =
+                       const std::vector<int64_t>& experts, int64_t path,
+                       const std::optional<Tensor>& rank_gates) {
+  GroupedLoraPoolParams p =
       pool_params(kOp, y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts);
   check(path == kDecodePath || path == kPrefillPath, kOp,
         "path must be 0 (decode) or 1 (prefill), got ", path);
+  if (rank_gates.has_value()) set_rank_gates(*rank_gates, x, &p);
   if (p.num_tokens == 0 || p.num_adapters == 0) return;
   if (x.is_cuda()) {
     run_cuda(kOp, x, [&](void* stream) { return launch_cuda(p, path, x, stream); });

@@ -14,7 +14,8 @@ using Tensors = std::vector<Tensor>;
 void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, const Tensor& offsets,
                        const Tensor& ranks, const Tensor& scales, const Tensor& gates,
                        const Tensor& route_of, const Tensor& adapter_of,
-                       const std::vector<int64_t>& experts, int64_t path);
+                       const std::vector<int64_t>& experts, int64_t path,
+                       const std::optional<Tensor>& rank_gates = std::nullopt);
 
 Tensor fused_lora(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                   const Tensor& pool, const Tensor& offsets, const Tensor& ranks,

@@ -7,7 +7,7 @@ namespace milora {
 
 struct PoolArguments {
   // num_tokens, num_routes, num_experts, num_adapters, num_slices, d_in, x_stride, pool_bytes,
-  // dtype
+  // dtype, max_rank
   const int64_t* sizes;
   void* const* y;
   const int64_t *y_stride, *d_out, *experts;
@@ -17,6 +17,7 @@ struct PoolArguments {
   const int32_t* ranks;
   const float *scales, *gates;
   const int32_t *route_of, *adapter_of;
+  const float* rank_gates;  // null: none
 
   GroupedLoraPoolParams params() const {
     GroupedLoraPoolParams p{};
@@ -43,6 +44,8 @@ struct PoolArguments {
     p.gates = gates;
     p.route_of = route_of;
     p.adapter_of = adapter_of;
+    p.rank_gates = rank_gates;
+    p.max_rank = sizes[9];
     return p;
   }
 };

@@ -1,6 +1,6 @@
 // The CPU kernels of grouped_lora_, grouped_lora and its backward.
 //
-//   shrink   h = A x                    a unit of rows and ranks
+//   shrink   h = rg * A x               a unit of rows and ranks; rg: gates of the ranks, or 1
 //   expand   y += g (s B h + u y + v)   a unit of rows and columns, after the shrink of those rows
 //
 // tasks.h says which thread runs which unit when. All tables here are plain pointers, since these
@@ -14,10 +14,12 @@ namespace milora {
 
 struct LoraWork {
   const LoraJob* jobs;
-  const int32_t* rows;     // token of each row
-  const float* row_gates;  // gate of each row
-  float* hidden;           // A x, per job [num_rows, rank]
-  const void* x;           // [num_tokens, d_in]
+  const int32_t* rows;      // token of each row
+  const float* row_gates;   // gate of each row
+  float* hidden;            // rg * A x, per job [num_rows, rank]
+  const float* rank_gates;  // [num_tokens, num_slices, max_rank] or null
+  int64_t num_slices, max_rank;
+  const void* x;  // [num_tokens, d_in]
   int64_t x_stride, d_in;
   const void* y[kMaxSlices];  // [num_tokens, d_out], read
   void* out[kMaxSlices];      // [num_tokens, d_out], written; may be y

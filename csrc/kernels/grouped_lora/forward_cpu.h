@@ -1,4 +1,4 @@
-// Forward of the grouped low-rank update on a CPU:  y_t += g (s B (A x_t) + u y_t + v)   [eq. 1]
+// Forward of the grouped low-rank update on a CPU:  y_t += g (s B (rg * A x_t) + u y_t + v)
 //
 // Data flow: shrink reads a job's A and writes h = A x to float32 scratch (rows x rank, a few KB:
 // it stays in cache); expand reads Bt and touches each y element once.
@@ -23,6 +23,17 @@ namespace {
 
 constexpr int64_t kPackRows = 12;  // below this packing Bt costs more than it saves
 
+// h of a unit times the gates of its ranks, while it is in L1.
+inline void gate_ranks(const LoraWork& work, const LoraUnit& unit) {
+  const LoraJob& job = work.jobs[unit.job];
+  for (int64_t i = unit.row_begin; i < unit.row_end; ++i) {
+    const int64_t token = work.rows[job.row_begin + i];
+    const float* gates = work.rank_gates + (token * work.num_slices + job.slice) * work.max_rank;
+    float* hidden = work.hidden + job.hidden_begin + i * job.rank;
+    for (int64_t k = unit.begin; k < unit.end; ++k) hidden[k] *= gates[k];
+  }
+}
+
 template <class T>
 void shrink_unit(const LoraWork& work, const LoraUnit& unit) {
   const LoraJob& job = work.jobs[unit.job];
@@ -35,6 +46,7 @@ void shrink_unit(const LoraWork& work, const LoraUnit& unit) {
   dot_rows(x_rows, n, static_cast<const T*>(job.a) + unit.begin * job.a_stride, job.a_stride,
            unit.end - unit.begin, work.d_in,
            work.hidden + job.hidden_begin + unit.row_begin * job.rank + unit.begin, job.rank);
+  if (work.rank_gates != nullptr) gate_ranks(work, unit);
 }
 
 // `coef` [rows, steps] for the columns [unit.begin, unit.end) of Bt; update(row, column, h B, n).

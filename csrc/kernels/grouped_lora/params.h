@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/macros.h"
 
 namespace milora {
 
@@ -14,7 +15,7 @@ constexpr int kMaxRank = 256;
 // CPU both mean the same loops.
 enum LoraPath : int64_t { kDecodePath = 0, kPrefillPath = 1 };
 
-// grouped_lora_: y_s[t] += g (scale B A x_t + u y_s[t] + v), weights in the pool.
+// grouped_lora_: y_s[t] += g (scale B (rg[t, s] * A x_t) + u y_s[t] + v), weights in the pool.
 struct GroupedLoraPoolParams {
   void* y[kMaxSlices];           // [num_tokens, d_out[s]]
   int64_t y_stride[kMaxSlices];  // elements
@@ -33,7 +34,20 @@ struct GroupedLoraPoolParams {
   int64_t num_tokens, num_routes, num_experts, num_adapters;
   int64_t num_slices, d_in;
   Dtype dtype;
+  const float* rank_gates;  // [num_tokens, num_slices, max_rank], or null: all 1
+  int64_t max_rank;         // of rank_gates; no expert that they reach has a higher rank
 };
+
+// The highest rank that an expert may have in this call.
+MILORA_HOST_DEVICE int64_t most_ranks(const GroupedLoraPoolParams& p) {
+  return p.rank_gates == nullptr ? kMaxRank : p.max_rank;
+}
+
+// The gates of a token's ranks in a slice; only where there are any.
+MILORA_HOST_DEVICE const float* rank_gates_at(const GroupedLoraPoolParams& p, int64_t token,
+                                              int64_t slice) {
+  return p.rank_gates + (token * p.num_slices + slice) * p.max_rank;
+}
 
 // grouped_lora and its backward: one slice, weights as tensors, gates of one expert.
 struct LoraWeights {

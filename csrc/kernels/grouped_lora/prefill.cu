@@ -1,4 +1,4 @@
-// grouped_lora_ for many rows per adapter:  y_s[t] += g (s B (A x_t) + u y_s[t] + v)      [eq. 1]
+// grouped_lora_ for many rows per adapter:  y_s[t] += g (s B (rg * A x_t) + u y_s[t] + v)  [eq. 1]
 //
 // Three launches on one stream, none of which the host waits for: plan (runs of the batch -> tiles
 // and jobs), shrink (A x, for all slices of a tile at once), expand (B of that, into y). Grids are

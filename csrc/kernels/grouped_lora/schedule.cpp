@@ -80,6 +80,8 @@ void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out) {
       const int32_t rank = params.ranks[entry];
       check(rank >= 0 && rank <= kMaxRank, kOp, "ranks must be in [0, ", kMaxRank, "], got ", rank,
             " for adapter ", group.adapter, ", expert ", expert);
+      check(rank <= most_ranks(params), kOp, "rank_gates must have a column for each rank (", rank,
+            " for adapter ", group.adapter, ", expert ", expert, "), got ", params.max_rank);
       const auto row_begin = static_cast<int64_t>(out->rows.size());
       if (rank > 0) {
         for (int64_t i = group.begin; i < group.end; ++i) {

@@ -88,6 +88,7 @@ GroupedLoraPoolParams slab_of(GroupedLoraPoolParams p, int64_t begin) {
     p.y[s] = static_cast<T*>(p.y[s]) + begin * p.y_stride[s];
   }
   p.route_of += begin;
+  if (p.rank_gates != nullptr) p.rank_gates = rank_gates_at(p, begin, 0);
   p.num_tokens = std::min<int64_t>(p.num_tokens - begin, kSlabTokens);
   return p;
 }

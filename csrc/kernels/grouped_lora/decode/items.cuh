@@ -88,7 +88,7 @@ __device__ __forceinline__ ItemCount find_items(const GroupedLoraPoolParams& p, 
         const int64_t expert = p.expert[s];
         const int32_t rank = p.ranks[adapter * p.num_experts + expert];
         const bool works = p.gates[route * p.num_experts + expert] != 0.0f;  // NaN works, too
-        if (works && rank >= 1 && rank <= kMaxRank) slices |= 1u << s;
+        if (works && rank >= 1 && rank <= most_ranks(p)) slices |= 1u << s;
       }
     }
   }

@@ -120,6 +120,13 @@ __device__ __forceinline__ void add_warps(const float (*sums)[kTileRanks][kGroup
   block_sums[tile.first_rank + rank][row] = sum;
 }
 
+// The gate of one rank of the item's row: what A x is multiplied with, once it is whole.
+__device__ __forceinline__ float rank_gate(const GroupedLoraPoolParams& p, const LoraItem& item,
+                                           int rank, int row) {
+  if (p.rank_gates == nullptr || row >= item.rows) return 1.0f;
+  return rank_gates_at(p, item.token + row, item.slice)[rank];
+}
+
 // y[r][e] += hidden[rank][r] Bt[rank][e] for the thread's ranks of the tile.
 template <class T, int R, class VectorAt>
 __device__ __forceinline__ void expand_tile(float (&y)[R][kVecOf<T>], const LoraTile& tile,

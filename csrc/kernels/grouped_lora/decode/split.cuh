@@ -80,6 +80,7 @@ __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, con
       const float* parts = sums + split_sums_at(p, item.token + row, item.slice) + rank;
 #pragma unroll
       for (int b = 0; b < kLoraSplits; ++b) sum += parts[b * kMaxRank];
+      sum *= rank_gate(p, item, rank, row);
     }
     hidden[rank][row] = sum;
   }

@@ -1,4 +1,5 @@
-// Prefill, second product:  y_s[t] += g (scale Bt_s^T S_t + u y_s[t] + v),  S_t = sum of partials.
+// Prefill, second product:  y_s[t] += g (scale Bt_s^T S_t + u y_s[t] + v),  S_t = rg * sum of
+// partials.
 //
 // A unit of work is a job (an active slice of a tile) and 1024 columns of y. S [64, rank] is summed
 // over the splits of d_in in ascending order and rounded to x's dtype, as the tensor cores take it;
@@ -33,8 +34,8 @@ __device__ __forceinline__ int hidden_at(int row, int piece) {
   return row * kMaxRank * static_cast<int>(sizeof(T)) + ((piece ^ (row & 7)) * kPieceBytes);
 }
 
-// Sums the splits of one tile's slice into shared memory. Ranks up to the next multiple of 16 and
-// rows that the tile has not are zeros.
+// Sums the splits of one tile's slice into shared memory, times the gates of the ranks. Ranks up to
+// the next multiple of 16 and rows that the tile has not are zeros.
 template <class T>
 __device__ __forceinline__ void combine_splits(uint8_t* hidden, const GroupedLoraPoolParams& p,
                                                const float* partials, const Tile& tile, int slice,
@@ -53,6 +54,13 @@ __device__ __forceinline__ void combine_splits(uint8_t* hidden, const GroupedLor
         sum[1] += part.y;
         sum[2] += part.z;
         sum[3] += part.w;
+      }
+      if (p.rank_gates != nullptr) {
+        const float* gates = rank_gates_at(p, tile.first + row, slice) + r;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (r + j < rank) sum[j] *= gates[j];
+        }
       }
     }
     T* target =

@@ -25,7 +25,7 @@ __device__ __forceinline__ bool is_active(const GroupedLoraPoolParams& p, int32_
   if (p.gates[route * p.num_experts + expert] == 0.0f) return false;
   const int64_t entry = adapter * p.num_experts + expert;
   const int32_t rank = p.ranks[entry];
-  if (rank <= 0 || rank > kMaxRank) return false;
+  if (rank <= 0 || rank > most_ranks(p)) return false;
   const int64_t* offset = p.offsets + entry * 4;
   return inside(offset[0], rank * pool_row_bytes<T>(p.d_in), p.pool_bytes) &&
          inside(offset[1], rank * pool_row_bytes<T>(p.d_out[slice]), p.pool_bytes);

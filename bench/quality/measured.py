@@ -72,9 +72,11 @@ class Measured:
     def best_rate(self, name: str) -> float:
         """The learning rate with the lowest mean loss on dev values."""
         rates = self.rates(name)
-        return min(
-            rates, key=lambda r: statistics.fmean(self.ablation(rates[r], "dev/loss").values())
-        )
+        losses = {
+            rate: statistics.fmean(self.ablation(setting, "dev/loss").values())
+            for rate, setting in rates.items()
+        }
+        return min(losses, key=losses.__getitem__)
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Comparison | None:

@@ -40,8 +40,8 @@ class Preset:
 PRESETS = {
     "cpu-small": Preset(
         base=BaseConfig(
-            hidden_size=128, num_layers=4, num_heads=4, intermediate_size=256, steps=2000,
-            batch_size=64, num_examples=40_000, learning_rate=2e-3,
+            hidden_size=128, num_layers=4, num_heads=4, intermediate_size=256, steps=2400,
+            batch_size=64, num_examples=60_000, learning_rate=2e-3,
         ),
         rank=10, steps=120, single_steps=60, batch_size=32,
         learning_rates=(2e-3, 6e-3, 2e-2),
@@ -66,10 +66,10 @@ PRESETS = {
             hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, steps=4,
             batch_size=8, num_examples=64, learning_rate=2e-3,
         ),
-        rank=2, steps=10, single_steps=4, batch_size=4,
-        learning_rates=(2e-3, 6e-3),
+        rank=2, steps=4, single_steps=4, batch_size=4,
+        learning_rates=(2e-3,),
         test_per_task=2, dev_per_task=2,
-        main_seeds=2, single_seeds=1, ablation_seeds=1, routing_seeds=1,
+        main_seeds=1, single_seeds=1, ablation_seeds=1, routing_seeds=1,
         single_tasks=("string",), ranks=(4,),
     ),
 }  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 from dataclasses import dataclass
 
-from quality.words import COLORS, KEYWORDS, MONTHS, NAMES, PAIRS, UNITS
+from quality.words import COLORS, KEYWORDS, LIKES, MONTHS, NAMES, PAIRS, UNITS
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,6 @@ def as_text(rows: list[tuple[str, str, str]]) -> str:
 def chain_of_facts(rng: random.Random) -> tuple[list[str], str]:
     """People each of whom likes the next one, and the facts in random order."""
     chain = rng.sample(NAMES, rng.randint(4, 5))
-    facts = [f"{a} likes {b}" for a, b in zip(chain[:-1], chain[1:], strict=True)]
+    facts = [f"{a} {LIKES} {b}" for a, b in itertools.pairwise(chain)]
     rng.shuffle(facts)
     return chain, " ; ".join(facts)

@@ -10,11 +10,12 @@ where it stopped. Each job is a process with one torch thread.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parents[1]
@@ -51,11 +52,22 @@ def main(arguments: list[str] | None = None) -> int:
     }
     writer = Writer(args.json, common)
     setup = (args.preset, cache, args.device)
-    # spawn: a fork after torch has started its threads may hang
-    with multiprocessing.get_context("spawn").Pool(args.jobs, _start_worker, setup) as pool:
+    with workers(args.jobs, setup) as execute_all:
         for stage in (stage for stage in STAGES if stage in args.stage):
-            run_stage(stage, preset, args, writer, pool)
+            run_stage(stage, preset, args, writer, execute_all)
     return 0
+
+
+@contextlib.contextmanager
+def workers(jobs: int, setup: tuple) -> Iterator[Callable]:
+    """A function that executes runs and yields their records as they are done."""
+    if jobs == 1:
+        _start_worker(*setup)
+        yield lambda runs: map(_execute, runs)
+        return
+    # spawn: a fork after torch has started its threads may hang
+    with multiprocessing.get_context("spawn").Pool(jobs, _start_worker, setup) as pool:
+        yield lambda runs: pool.imap_unordered(_execute, runs)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -72,14 +84,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run_stage(stage: str, preset: Preset, args, writer: Writer, pool) -> None:
+def run_stage(stage: str, preset: Preset, args, writer: Writer, execute_all) -> None:
     """Run what is missing of one stage; a line on stdout per finished run."""
     records = [r for r in read([args.json]) if r["preset"] == args.preset]
     done = {(r["stage"], r["method"], r["trained_on"], r["setting"], r["seed"]) for r in records}
     runs = [run for run in runs_of(stage, preset, records) if run.key() not in done]
     print(f"{stage}: {len(runs)} runs", flush=True)
     started = time.perf_counter()
-    for number, found in enumerate(pool.imap_unordered(_execute, runs), start=1):
+    for number, found in enumerate(execute_all(runs), start=1):
         writer.add(found)
         print(_line(found), f"[{number}/{len(runs)}, {time.perf_counter() - started:.0f} s]",
               flush=True)  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
 from results import table
@@ -136,8 +135,8 @@ def multi_task(measured: Measured, picture: Path) -> str:
             "loss, seen wordings", "s a run")  # fmt: skip
     return (
         f"\n### All tasks together, {seeds} seeds\n\n{table(head, rows)}\n"
-        "Activated: what one prompt (MOELoRA: one token) uses; AdaLoRA: what is left after pruning. "
-        "MiLoRA's and MiDoRA's bi-level steps double their training time.\n\n"
+        "Activated: what one prompt (MOELoRA: one token) uses; AdaLoRA: what is left after "
+        "pruning. MiLoRA's and MiDoRA's bi-level steps double their training time.\n\n"
         f"![methods](plots/{picture.name})\n"
     )
 
@@ -199,13 +198,7 @@ def grid(measured: Measured) -> str:
         rows.append([name, *(_bold(loss, best) for loss in losses)])
         if losses.index(best) in (0, len(losses) - 1):
             on_edge.append(name)
-    note = (
-        f"The best is at an end of the grid, so a better rate may lie beyond it: {_list(on_edge)}.\n"
-        if on_edge
-        else ""
-    )
-    return f"\n### Learning rates\n\nLoss on dev values, seed 0.\n\n{table(('', *settings), rows)}\n{note}"
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)
+    note = "The best is at an end of the grid, so a better one may lie beyond: "
+    note = f"{note}{', '.join(on_edge)}.\n" if on_edge else ""
+    losses = table(("", *settings), rows)
+    return f"\n### Learning rates\n\nLoss on dev values, seed 0.\n\n{losses}\n{note}"

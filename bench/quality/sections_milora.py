@@ -89,22 +89,20 @@ def scales(measured: Measured) -> str:
     head = ("", "best lr", "exact match", "difference", "better in", "loss", "difference",
             "better in")  # fmt: skip
     return (
-        "\n### Gate and alpha, each at its own best learning rate\n\nThe literal gate multiplies an "
-        "update by a probability, about 1/7 at first; alpha = 7r undoes that. The last row gives "
-        f"plain LoRA the same alpha, as a control.\n\n{table(head, rows)}"
+        "\n### Gate and alpha, each at its own best learning rate\n\nThe literal gate multiplies "
+        "an update by a probability, about 1/7 at first; alpha = 7r undoes that. The last row "
+        f"gives plain LoRA the same alpha, as a control.\n\n{table(head, rows)}"
     )
 
 
 def defaults(measured: Measured) -> str:
     """Which settings beat the default in every seed, by held-out loss."""
     better, worse = [], []
+    reference = default_of(measured, LOSS)
     for setting in plain_settings(measured):
         if not setting.startswith("rank="):
-            _sort(
-                setting, measured.ablation(setting, LOSS), default_of(measured, LOSS), better, worse
-            )
-    rates = measured.rates("default")
-    if rates:
+            _sort(setting, measured.ablation(setting, LOSS), reference, better, worse)
+    if rates := measured.rates("default"):
         reference = measured.ablation(rates[measured.best_rate("default")], LOSS)
         for name in _SCALED:
             if found := measured.rates(name):
@@ -142,8 +140,9 @@ def routing(measured: Measured, plots: Path, preset: str) -> str:
             by_step.setdefault(step, {})[r["seed"]] = r["value"]
     draw_entropy(by_step, math.log(num_experts), plots / f"{preset}-entropy.png")
 
-    kinds = {"paraphrase_seen": "other wording, seen", "paraphrase_unseen": "other wording, unseen",
-             "same_task": "other values, same task", "padding": "17 columns of padding"}  # fmt: skip
+    kinds = {"paraphrase_seen": "other wording, seen",
+             "paraphrase_unseen": "other wording, unseen",
+             "same_task": "other values, same task", "padding": "17 columns padded"}  # fmt: skip
     rows = []
     for task in tasks:
         cells = [task]

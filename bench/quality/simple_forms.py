@@ -110,34 +110,46 @@ def _one_hop(rng: random.Random) -> Values:
     return Values({"facts": text, "a": chain[start]}, chain[start + 1], "")
 
 
-Form = tuple[Callable[[random.Random], Values], tuple[str, ...]]
+def _after(rng: random.Random) -> Values:
+    text = rules.letters(rng, 4, 6)
+    place = rng.randrange(len(text) - 1)
+    return Values({"s": text, "a": text[place]}, text[place + 1], text)
+
+
+# How to draw, in which words, and how often. Looking something up in the prompt and adding are what
+# a small model learns last; at an equal share it would need several times the steps.
+Form = tuple[Callable[[random.Random], Values], tuple[str, ...], int]
 FORMS: tuple[Form, ...] = (
-    (_copy, ("copy {s}", "give {s}", "keep the string {s}", "what is {s}")),
-    (_reverse, ("reverse {s}", "give the string {s} from the end", "change the order of {s}")),
-    (_first, ("first letter of {s}", "what is the first letter of {s}", "find the first of {s}")),
-    (_last, ("last digit or letter of {s}", "what is at the end of {s}", "the last of {s}")),
-    (_rest, ("{s} after the first letter", "shift the first letter out of {s}")),
-    (_sort_up, ("sort {s} up", "order the list {s} from low to high", "{s} in order , low first")),
-    (_highest, ("what is high in {s}", "find the high digit in the list {s}")),
-    (_add, ("{a} plus {b}", "add {a} and {b}", "what is the sum of {a} and {b}", "{a} and {b} more")),
+    (_copy, ("copy {s}", "give {s}", "keep the string {s}", "what is {s}"), 1),
+    (_reverse, ("reverse {s}", "give the string {s} from the end", "change the order of {s}"), 2),
+    (_first, ("first letter of {s}", "what is the first letter of {s}",
+              "find the first of {s}"), 1),
+    (_last, ("last digit or letter of {s}", "what is at the end of {s}", "the last of {s}"), 1),
+    (_rest, ("{s} after the first letter", "shift the first letter out of {s}"), 1),
+    (_sort_up, ("sort {s} up", "order the list {s} from low to high",
+                "{s} in order , low first"), 1),
+    (_highest, ("what is high in {s}", "find the high digit in the list {s}"), 1),
+    (_add, ("{a} plus {b}", "add {a} and {b}", "what is the sum of {a} and {b}",
+            "{a} and {b} more"), 4),
     (_next_day, ("the day after {month} {day}", "what date has the day after {month} {day}",
-                 "go on one day from {month} {day}")),
-    (_next_month, ("month after {month}", "go on one month from {month}")),
-    (_zeros, ("put {n} zeros after {x}", "{x} and {n} zeros")),
-    (_one_unit, ("one of {u} in {v}", "how many {v} has one {u}", "convert one {u} to {v}")),
-    (_match, ("match {s}", "match the brackets {s}", "code {s} , match")),
+                 "go on one day from {month} {day}"), 1),
+    (_next_month, ("month after {month}", "go on one month from {month}"), 1),
+    (_zeros, ("put {n} zeros after {x}", "{x} and {n} zeros"), 1),
+    (_one_unit, ("one of {u} in {v}", "how many {v} has one {u}", "convert one {u} to {v}"), 1),
+    (_match, ("match {s}", "match the brackets {s}", "code {s} , match"), 1),
     (_number_of, ("{rows} ; number of {a}", "given {rows} , what number has {a}",
-                  "find the number of {a} in the table {rows}")),
+                  "find the number of {a} in the table {rows}"), 4),
     (_color_of, ("{rows} ; color of {a}", "given {rows} , what color has {a}",
-                 "find the color for {a} in {rows}")),
+                 "find the color for {a} in {rows}"), 4),
     (_one_hop, ("{facts} ; one step from {a}", "given {facts} , the friend of {a}",
-                "start at {a} and go one step in {facts}")),
+                "start at {a} and go one step in {facts}"), 4),
+    (_after, ("the letter after {a} in {s}", "{s} , go one after {a}"), 2),
 )  # fmt: skip
 
 
 def all_templates() -> list[str]:
     """Every template, of pre-training and of the tasks: what the tokenizer must know."""
-    return [t + " :" for _, templates in FORMS for t in templates] + [
+    return [t + " :" for _, templates, _ in FORMS for t in templates] + [
         template for task in TASKS for template in task.templates
     ]
 
@@ -146,7 +158,6 @@ def pretraining_examples(count: int, seed: int) -> list[Example]:
     """`count` examples of all forms, in random order."""
     rng = random.Random(f"pretraining/{seed}")
     made = []
-    for _ in range(count):
-        draw, templates = rng.choice(FORMS)
+    for draw, templates, _ in rng.choices(FORMS, [often for *_, often in FORMS], k=count):
         made.append(fill(draw.__name__.strip("_"), rng.choice(templates), draw(rng)))
     return made

@@ -24,6 +24,7 @@ UNITS = {
     ("cm", "mm"): 1, ("dm", "cm"): 1, ("m", "cm"): 2, ("ha", "ares"): 2, ("euro", "cents"): 2,
     ("km", "m"): 3, ("kg", "grams"): 3, ("tons", "kg"): 3,
 }  # fmt: skip
+LIKES = "likes"
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 KEYWORDS = {"if": "fi", "do": "done", "case": "esac"}
 
@@ -45,7 +46,7 @@ def make_tokenizer(templates: Iterable[str]) -> PreTrainedTokenizerFast:
     for template in templates:
         words.update(tokens_of(_FIELD.sub(" ", template)))
     words.update(MONTHS, NAMES, COLORS, *UNITS, *KEYWORDS.items(), *PAIRS.items())
-    words.update(string.digits, string.ascii_uppercase)
+    words.update((LIKES, ";"), string.digits, string.ascii_uppercase)
     vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -2,9 +2,9 @@
 
     python bench/quality/paper/run.py --table 1 --model ./Llama-2-7b-hf --data DIR --output DIR
 
-Needs the weights in a local folder, the files of prepare.py in --data, and lm_eval. It goes on where
-it stopped: a finished adapter is not trained again, a finished score not repeated. Results are
-JSON lines in OUTPUT/results.jsonl and medians in OUTPUT/table<N>.md.
+Needs the weights in a local folder, the files of prepare.py in --data, and lm_eval. It goes on
+where it stopped: a finished adapter is not trained again, a finished score not repeated. Results
+are JSON lines in OUTPUT/results.jsonl and medians in OUTPUT/table<N>.md.
 """
 
 from __future__ import annotations

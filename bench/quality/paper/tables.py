@@ -25,7 +25,7 @@ TABLES = {
     2: Table("Llama-2-7B", together=True),
     3: Table("Gemma 2B", together=False),
 }
-# The paper's hyper-parameters, as options of `milora train`; early stop: dev perplexity, patience 10.
+# The paper's hyper-parameters, as options of `milora train`; it stops early by dev perplexity.
 PAPER = {
     "--rank": "32", "--lr": "1e-4", "--schedule": "linear", "--warmup": "0.06", "--patience": "10",
 }  # fmt: skip

@@ -43,11 +43,11 @@ PRESETS = {
             hidden_size=128, num_layers=4, num_heads=4, intermediate_size=256, steps=2400,
             batch_size=64, num_examples=60_000, learning_rate=2e-3,
         ),
-        rank=10, steps=120, single_steps=60, batch_size=32,
-        learning_rates=(2e-3, 6e-3, 2e-2),
+        rank=10, steps=120, single_steps=60, batch_size=24,
+        learning_rates=(3e-3, 1e-2, 3e-2),
         test_per_task=64, dev_per_task=32,
         main_seeds=6, single_seeds=5, ablation_seeds=3, routing_seeds=3,
-        single_tasks=("string", "unit"), ranks=(4, 8, 16, 32, 64),
+        single_tasks=("string", "unit"), ranks=(4, 16, 64),
     ),
     "gpu": Preset(
         base=BaseConfig(

@@ -2,23 +2,30 @@
 # Check and time every CUDA kernel on a GPU machine with torch >= 2.10 and no network.
 #
 #   bench/gpu_check.sh                     all stages, one after the other
-#   bench/gpu_check.sh test bench          some of them
+#   bench/gpu_check.sh test g1 report      some of them
+#   bench/gpu_check.sh --list              their names
 #   OUT=dir PYTHON=python bench/gpu_check.sh
 #
-# Stages, each under 8 minutes:
+# Stages, each made to end within 8 minutes, and stopped after LIMIT seconds (480):
 #   load       the library as it lies in milora/lib, built here only if there is none
-#   test       the ops' tests on the GPU, against float64
+#   test       the ops' tests on the GPU, against float64; what was seen correct, into $OUT
 #   model      routed generation and gradients of a whole model, GPU against CPU
-#   sanitizer  memcheck and racecheck over the ops' tests (if compute-sanitizer is there)
-#   bench      the benches on the GPU, JSON lines into $OUT/gpu.jsonl
+#   memcheck, racecheck, initcheck   compute-sanitizer over the ops' tests against the reference
+#   g1 ... g5  the benches of bench/bench_gpu.py
+#   train      the training op beside PEFT's expression
+#   cpp        the C++ benches, if build/bench-cuda has them (see bench/cpp/cuda.cmake)
 #   report     bench/results/GPU.md from all JSON lines
+# Rivals' kernels: `python bench/peers/fetch.py` on a machine with a network, then copy
+# bench/peers/unpacked/ here. Without them the benches say that they are absent.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu}"
-mkdir -p "$OUT"
+LIMIT="${LIMIT:-480}"
+STAGES=(load test model memcheck racecheck initcheck g1 g2 g3 g4 g5 train cpp report)
+LINES="$OUT/gpu.jsonl"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-failed=()
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1  # nothing here needs the network
 
 ops_tests=(tests/test_grouped_lora.py tests/test_prompt_router.py tests/test_fused_lora.py
   tests/test_cuda_graphs.py tests/test_pool_copies.py)
@@ -28,47 +35,93 @@ stage_load() {
     MILORA_CUDA=1 "$PYTHON" setup.py --quiet build_ext --inplace || return 1
   fi
   "$PYTHON" -c '
+import sys
 import torch
 from milora import _build
-assert torch.cuda.is_available(), "torch sees no GPU"
+if not torch.cuda.is_available():
+    sys.exit("torch sees no GPU")
 archs = _build.cuda_archs()
-assert archs, "milora/lib/libmilora_ops.so was built without CUDA: build it with MILORA_CUDA=1"
+if not archs:
+    sys.exit("milora/lib/libmilora_ops.so was built without CUDA: build it with MILORA_CUDA=1")
 print("milora", _build.load_library().milora_version().decode(), "for", ", ".join(archs))
 print("torch", torch.__version__, "on", torch.cuda.get_device_name())'
 }
 
-stage_test() { "$PYTHON" -m pytest -m cuda "${ops_tests[@]}"; }
+stage_test() {
+  local status=0
+  "$PYTHON" -m pytest -m cuda --junitxml="$OUT/tests.xml" "${ops_tests[@]}" || status=1
+  "$PYTHON" bench/gpu_correct.py "$OUT/tests.xml" --json "$LINES" && return $status
+}
 
 stage_model() { "$PYTHON" -m pytest -m cuda tests/test_cuda_model.py; }
 
-stage_sanitizer() {
+sanitize() {  # tool, options
   local sanitizer
   sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)"
   if [ -z "$sanitizer" ]; then
     echo "no compute-sanitizer on this machine: skipped"
     return 0
   fi
-  local tool
-  for tool in memcheck racecheck; do
-    "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m pytest -m cuda -k "reference" "${ops_tests[@]}" || return 1
-  done
+  # Without torch's cache each tensor is an allocation of its own, whose end is watched.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$@" --error-exitcode 9 \
+    "$PYTHON" -m pytest -m cuda -k "reference" "${ops_tests[@]}"
 }
 
-stage_bench() {
-  local bench
-  for bench in bench/bench_*.py; do
-    "$PYTHON" "$bench" --device cuda --json "$OUT/gpu.jsonl" || return 1
-  done
+stage_memcheck() { sanitize memcheck; }
+stage_racecheck() { sanitize racecheck; }
+# torch reads what it never wrote in places of its own (padding of its allocator's blocks): only
+# this project's kernels are watched.
+stage_initcheck() { sanitize initcheck --kernel-name kernel_substring=milora; }
+
+bench_gpu() { "$PYTHON" bench/bench_gpu.py --device cuda --case "$1" --json "$LINES"; }
+stage_g1() { bench_gpu g1; }
+stage_g2() { bench_gpu g2; }
+stage_g3() { bench_gpu g3; }
+stage_g4() { bench_gpu g4; }
+stage_g5() { bench_gpu g5; }
+
+stage_train() {
+  "$PYTHON" bench/bench_grouped_lora.py --device cuda --case train --dtype bfloat16 --json "$LINES"
 }
 
-stage_report() { "$PYTHON" bench/gpu_report.py "$OUT/gpu.jsonl"; }
-
-for stage in "${@:-load test model sanitizer bench report}"; do
-  for name in $stage; do
-    echo "== $name"
-    if "stage_$name"; then echo "== $name: ok"; else failed+=("$name"); echo "== $name: FAILED"; fi
+stage_cpp() {
+  local program found=0
+  for program in build/bench-cuda/bench/cpp/bench_*_cuda; do
+    [ -x "$program" ] || continue
+    found=1
+    "$program" --json "$LINES" || return 1
   done
+  [ $found = 1 ] || echo "build/bench-cuda has no benches: skipped"
+}
+
+stage_report() { "$PYTHON" bench/gpu_report.py "$LINES"; }
+
+case "${1:-}" in
+  --list) printf '%s\n' "${STAGES[@]}"; exit 0 ;;
+  --stage) mkdir -p "$OUT"; "stage_$2"; exit ;;  # one stage, in a process that can be stopped
+esac
+
+mkdir -p "$OUT"
+[ $# -gt 0 ] || set -- "${STAGES[@]}"
+failed=()
+for name in "$@"; do
+  if [[ " ${STAGES[*]} " != *" $name "* ]]; then
+    echo "gpu_check: no stage is called $name; there are: ${STAGES[*]}" >&2
+    exit 2
+  fi
+done
+for name in "$@"; do
+  echo "== $name"
+  begin=$SECONDS
+  timeout "$LIMIT" bash "bench/gpu_check.sh" --stage "$name"
+  status=$?
+  if [ $status = 0 ]; then
+    echo "== $name: ok, $((SECONDS - begin)) s"
+  else
+    failed+=("$name")
+    [ $status != 124 ] || echo "stopped after $LIMIT s"
+    echo "== $name: FAILED, $((SECONDS - begin)) s"
+  fi
 done
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

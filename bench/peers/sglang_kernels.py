@@ -16,8 +16,9 @@ import types
 from pathlib import Path
 
 import torch
-from peers import Peer, stubs
 from torch import Tensor
+
+from peers import Peer, stubs
 
 KERNELS = "sglang.kernels.ops.lora"
 PACKAGES = (
@@ -141,9 +142,7 @@ class Sglang(Peer):
     def update(self, y: Tensor, x: Tensor, weights: tuple[Tensor, Tensor, tuple]) -> None:
         a, b, offsets = weights
         kind = kernels().plan.DenseLoraKind.LINEAR
-        plan = self.runner.plan_for(
-            kind, self.rank, x.shape[1], offsets[-1], num_tokens=x.shape[0]
-        )
+        plan = self.runner.plan_for(kind, self.rank, x.shape[1], offsets[-1], num_tokens=x.shape[0])
         if plan.needs_aligned_route:
             self.block_sizes.add(plan.block_size)
         bridge = self.runner.run_a(x, a, stack=len(offsets) - 1, plan=plan)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peers import Peer, PeerAbsent
 from torch import Tensor
+
+from peers import Peer, PeerAbsent
 
 
 def grouped_mm():

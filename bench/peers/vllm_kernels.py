@@ -6,8 +6,9 @@ import functools
 import types
 
 import torch
-from peers import Peer, PeerAbsent, stubs
 from torch import Tensor
+
+from peers import Peer, PeerAbsent, stubs
 
 FILES = ("utils", "kernel_utils", "lora_kernel_metadata", "lora_shrink_op", "lora_expand_op")
 PREFIX = "vllm.lora.ops.triton_ops"
@@ -67,6 +68,9 @@ class Vllm(Peer):
         files = kernels()
         self.shrink = files["lora_shrink_op"].lora_shrink
         self.expand = files["lora_expand_op"].lora_expand
+        # Their tables of pointers are kept by address, which the next problem's tensors may get.
+        files["utils"]._LORA_A_PTR_DICT.clear()
+        files["utils"]._LORA_B_PTR_DICT.clear()
         meta = files["lora_kernel_metadata"].LoRAKernelMeta
         self.meta = meta.make(num_adapters, len(adapter_of), adapter_of.device)
 

@@ -1,0 +1,211 @@
+// Times the CUDA kernels of grouped_lora_ (decode, prefill) and fused_lora, without Python and
+// torch. One adapter per request; weights rotate over copies that no cache holds. "base" is a copy
+// of as many bytes: adapters, x, and y read and written.
+#include <cmath>
+#include <cstdio>
+
+#include "common/check.h"
+#include "cuda_harness.h"
+#include "kernels/grouped_lora/decode/decode.h"
+#include "kernels/grouped_lora/fused.h"
+#include "kernels/grouped_lora/prefill.h"
+
+namespace milora::bench {
+namespace {
+
+constexpr int64_t kSize = 2;  // bytes of bf16
+
+enum class Path { kDecode, kPrefill, kFused };
+
+struct Case {
+  Path path;
+  int64_t batch, tokens, d_in, d_out, rank;
+  int64_t slices = 1;  // modules that read the same x
+};
+
+const char* kernel_of(const Case& c) {
+  if (c.path == Path::kFused) return "fused_lora";
+  if (c.path == Path::kPrefill) return "prefill";
+  return gpu().capability / 10 == 9 ? "decode_cluster" : "decode_split";
+}
+
+std::string name_of(const Case& c) {
+  const std::string name = std::string(kernel_of(c)) + " b" + std::to_string(c.batch) + "x" +
+                           std::to_string(c.tokens) + " r" + std::to_string(c.rank) + " " +
+                           std::to_string(c.d_in) + "-" + std::to_string(c.d_out);
+  return c.slices == 1 ? name : name + " x" + std::to_string(c.slices);
+}
+
+// In the pool: copies x adapters x slices of A, then Bt.
+class Problem {
+ public:
+  Problem(const Case& c, const Options& options)
+      : c_(c),
+        expert_(c.rank * (c.d_in + c.d_out) * kSize),
+        weights_(c.batch * c.slices * expert_),
+        copies_(num_copies(weights_, options)),
+        pool_(copies_ * weights_),
+        x_(num_tokens() * c.d_in * kSize),
+        y_(num_tokens() * c.d_out * c.slices * kSize),
+        w_(c.path == Path::kFused ? c.d_in * c.d_out * kSize : 0) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(c.d_in));
+    pool_.random_bf16(1, scale);
+    x_.random_bf16(2, 1);
+    y_.random_bf16(3, 1);
+    w_.random_bf16(4, scale);
+    std::vector<int64_t> offsets;
+    for (int64_t i = 0; i < copies_ * c.batch * c.slices; ++i) {
+      const int64_t a = i * expert_;
+      offsets.insert(offsets.end(), {a, a + c.rank * c.d_in * kSize, -1, -1});
+    }
+    std::vector<int32_t> adapter_of, route_of;
+    for (int64_t row = 0; row < c.batch; ++row) {
+      adapter_of.push_back(static_cast<int32_t>(row));
+      route_of.insert(route_of.end(), c.tokens, static_cast<int32_t>(row));
+    }
+    const int64_t experts = c.batch * c.slices;
+    offsets_.put(offsets);
+    ranks_.put(std::vector<int32_t>(experts, static_cast<int32_t>(c.rank)));
+    ones_.put(std::vector<float>(experts, 1.0f));
+    adapter_of_.put(adapter_of);
+    route_of_.put(route_of);
+  }
+
+  int64_t num_tokens() const { return c_.batch * c_.tokens; }
+  int copies() const { return copies_; }
+
+  int64_t bytes() const {
+    const int64_t reads_y = c_.path == Path::kFused ? 1 : 2;
+    return weights_ + x_.bytes() + reads_y * y_.bytes() + w_.bytes();
+  }
+  int64_t flops() const {
+    const int64_t update = c_.rank * c_.slices * (c_.d_in + c_.d_out);
+    return 2 * num_tokens() * (update + (c_.path == Path::kFused ? c_.d_in * c_.d_out : 0));
+  }
+
+  int launch(int turn, cudaStream_t stream) {
+    const GroupedLoraPoolParams p = params(turn);
+    if (c_.path == Path::kFused) {
+      FusedLoraParams f{};
+      f.lora = p;
+      f.w = w_.at();
+      f.w_stride = c_.d_in;
+      return fused_lora_cuda(f, scratch_.of(fused_lora_workspace(f)), stream);
+    }
+    if (c_.path == Path::kPrefill) {
+      void* space = scratch_.of(grouped_lora_prefill_workspace(p));
+      return grouped_lora_prefill_cuda(p, space, stream);
+    }
+    return grouped_lora_decode_cuda(p, scratch_.of(grouped_lora_decode_workspace(p)), stream);
+  }
+
+  // The first row's first outputs in double.
+  void check_result() {
+    const int64_t outs = 64;
+    const std::vector<float> before = y_.bf16(0, outs), x = x_.bf16(0, c_.d_in);
+    const std::vector<float> a = pool_.bf16(0, c_.rank * c_.d_in);
+    const std::vector<float> bt = pool_.bf16(c_.rank * c_.d_in * kSize, c_.rank * c_.d_out);
+    check_cuda(launch(0, nullptr), "the kernel's launch");
+    check_cuda(cudaDeviceSynchronize(), "the kernel");
+    const std::vector<float> got = y_.bf16(0, outs);
+    for (int64_t j = 0; j < outs; ++j) {
+      double want = c_.path == Path::kFused ? 0 : before[j];
+      if (c_.path == Path::kFused) {
+        const std::vector<float> w = w_.bf16(j * c_.d_in * kSize, c_.d_in);
+        for (int64_t i = 0; i < c_.d_in; ++i) want += static_cast<double>(w[i]) * x[i];
+      }
+      for (int64_t r = 0; r < c_.rank; ++r) {
+        double hidden = 0;
+        for (int64_t i = 0; i < c_.d_in; ++i) {
+          hidden += static_cast<double>(a[r * c_.d_in + i]) * x[i];
+        }
+        want += hidden * bt[r * c_.d_out + j];
+      }
+      check(std::abs(got[j] - want) <= 0.02 * (1 + std::abs(want)), "bench_grouped_lora_cuda",
+            name_of(c_), " gives ", got[j], " where ", want, " is right");
+    }
+  }
+
+ private:
+  GroupedLoraPoolParams params(int turn) const {
+    GroupedLoraPoolParams p{};
+    for (int64_t s = 0; s < c_.slices; ++s) {
+      p.y[s] = y_.at(s * c_.d_out * kSize);
+      p.y_stride[s] = c_.slices * c_.d_out;
+      p.d_out[s] = c_.d_out;
+      p.expert[s] = static_cast<int32_t>(s);
+    }
+    p.x = x_.at();
+    p.x_stride = p.d_in = c_.d_in;
+    p.pool = pool_.at<uint8_t>();
+    p.pool_bytes = pool_.bytes();
+    p.offsets = offsets_.at<int64_t>() + turn * c_.batch * c_.slices * 4;
+    p.ranks = ranks_.at<int32_t>();
+    p.scales = p.gates = ones_.at<float>();
+    p.route_of = route_of_.at<int32_t>();
+    p.adapter_of = adapter_of_.at<int32_t>();
+    p.num_tokens = num_tokens();
+    p.num_routes = p.num_adapters = c_.batch;
+    p.num_experts = p.num_slices = c_.slices;
+    p.dtype = Dtype::kBFloat16;
+    return p;
+  }
+
+  Case c_;
+  int64_t expert_, weights_;
+  int copies_;
+  Memory pool_, x_, y_, w_;
+  Memory offsets_{copies_ * c_.batch * c_.slices * 32}, ranks_{c_.batch * c_.slices * 4};
+  Memory ones_{c_.batch * c_.slices * 4}, adapter_of_{c_.batch * 4}, route_of_{num_tokens() * 4};
+  Scratch scratch_;
+};
+
+std::vector<Case> cases_of(const Options& options) {
+  if (options.quick) {
+    return {{Path::kDecode, 4, 1, 1024, 1024, 32},
+            {Path::kPrefill, 4, 64, 1024, 1024, 32},
+            {Path::kFused, 4, 64, 1024, 1024, 32}};
+  }
+  std::vector<Case> cases;
+  for (int64_t batch : {1, 8, 32, 64, 256}) {
+    cases.push_back({Path::kDecode, batch, 1, 4096, 4096, 32});
+  }
+  for (int64_t rank : {8, 128, 256}) cases.push_back({Path::kDecode, 64, 1, 4096, 4096, rank});
+  cases.push_back({Path::kDecode, 64, 1, 4096, 4096, 32, 3});   // q, k, v
+  cases.push_back({Path::kDecode, 64, 1, 4096, 11008, 32, 2});  // gate, up
+  cases.push_back({Path::kDecode, 64, 1, 11008, 4096, 32});
+  for (const Path path : {Path::kPrefill, Path::kFused}) {
+    cases.push_back({path, 8, 512, 4096, 4096, 32});
+    cases.push_back({path, 8, 512, 4096, 11008, 32});
+    cases.push_back({path, 8, 512, 11008, 4096, 32});
+  }
+  cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, 32, 3});
+  cases.push_back({Path::kPrefill, 64, 64, 4096, 4096, 32});
+  return cases;
+}
+
+void run(const Options& options) {
+  Report report(options, "grouped_lora_cuda");
+  for (const Case& c : cases_of(options)) {
+    if (c.path == Path::kFused && !fused_lora_cuda_supported(0)) {
+      std::printf("%-44s absent: needs compute capability 9.0\n", name_of(c).c_str());
+      continue;
+    }
+    Problem problem(c, options);
+    problem.check_result();
+    const Result result = {kernel_of(c),
+                           name_of(c),
+                           problem.bytes(),
+                           problem.flops(),
+                           {{"rank", c.rank}, {"batch", c.batch}}};
+    report.time(result, problem.copies(),
+                [&](int turn, cudaStream_t stream) { return problem.launch(turn, stream); });
+  }
+}
+
+}  // namespace
+}  // namespace milora::bench
+
+int main(int argc, char** argv) {
+  return milora::bench::run_bench(argc, argv, "grouped_lora", milora::bench::run);
+}

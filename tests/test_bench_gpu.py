@@ -1,0 +1,393 @@
+"""The GPU benches as far as a machine without a GPU can try them: every path small on the CPU, what
+is reported of absent rivals, the report, and the script that runs it all.
+
+No test looks at a speed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+CHECK = BENCH / "gpu_check.sh"
+H200 = {
+    "hardware": "NVIDIA H200", "capability": 90, "versions": {"torch": "2.11"}, "commit": "abc",
+    "date": "2026-11-30T00:00:00+00:00",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch):
+    """The benches' modules can be imported, and leave nothing behind that is named like others."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and BENCH in Path(file).parents:
+            del sys.modules[name]
+
+
+def run(*command: object, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
+    )
+
+
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the benches, small and on the CPU ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("gpu") / "lines.jsonl"
+    options = ["--quick", "--device", "cpu", "--repeat", "2", "--threads", "2", "--json", path]
+    done = run(sys.executable, BENCH / "bench_gpu.py", *options, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return records_of(path)
+
+
+def providers(lines: list[dict], case: str, metric: str) -> set[str]:
+    return {r["provider"] for r in lines if r["case"] == case and r["metric"] == metric}
+
+
+def test_every_stage_writes_what_its_target_reads(lines):
+    from gpu_cases import TARGETS
+
+    stages = {r["case"].split()[0] for r in lines if r["case"] != "memory"}
+    assert stages == {"g1", "g2", "g3", "g4", "g5"}
+    for target in TARGETS:  # sizes differ here, so G1 and G4 are found by their metric
+        stage = target.case.split()[0]
+        case = target.case if stage in ("g2", "g3", "g5") else None
+        if target.provider == "fused" and case:
+            assert {"fused"} == providers(lines, case, "time") & {"fused"}
+        assert any(
+            r["metric"] == target.metric and r["provider"] == target.provider
+            and r["case"].startswith(stage) and case in (None, r["case"])
+            for r in lines
+        ), target  # fmt: skip
+    assert all(r["value"] > 0 for r in lines if r["metric"] not in ("absent", "added_over_floor"))
+
+
+def test_every_stage_measures_its_rivals(lines):
+    torch_alone = {"milora", "stacked", "peft", "grouped_mm"}
+    assert torch_alone <= providers(lines, "g1 4x4 r8 distinct 128-128", "time")
+    for case in ("g3 all", "g3 top_k 3"):
+        assert torch_alone | {"base", "fused"} <= providers(lines, case, "time")
+    for case in ("g2 eager", "g2 graph"):
+        assert providers(lines, case, "decode_step") == {"base", "milora", "peft"}
+    for case in ("g5 eager beam 1", "g5 graph beam 3"):
+        methods = {"base", "lora", "dora", "moelora", "milora"}
+        assert providers(lines, case, "tokens_per_s") == methods
+
+
+def test_engines_are_measured_or_absent_with_a_reason(lines):
+    for case in ("g1 4x4 r8 distinct 128-128", "g3 all"):
+        for engine in ("vllm", "sglang"):
+            mine = [r for r in lines if r["case"] == case and r["provider"] == engine]
+            (found,) = [r for r in mine if r["metric"] in ("time", "absent")]
+            assert found["metric"] == "time" or len(found["reason"]) > 10
+
+
+def test_a_gpu_is_asked_for_by_name(capsys, monkeypatch):
+    import bench_gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--case", "g1"])
+    with pytest.raises(SystemExit):
+        bench_gpu.main()
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_an_op_that_adds_nothing_is_refused(monkeypatch):
+    import gpu_providers
+    from gpu_problem import Problem
+
+    from milora import ops
+
+    problem = Problem.random(64, (32, 48), [1, 0, 1], 2, 8, torch.float32, "cpu")
+    for name in ("milora", "stacked", "peft"):
+        provider = gpu_providers.make(name, problem)
+        gpu_providers.check(name, provider, provider.call(problem.weights.copy()), base=False)
+    monkeypatch.setattr(ops, "grouped_lora_", lambda *args: None)
+    provider = gpu_providers.make("milora", problem)
+    with pytest.raises(RuntimeError, match="milora is wrong by 1 of the largest update"):
+        gpu_providers.check("milora", provider, provider.call(problem.weights), base=False)
+
+
+def test_what_a_problem_counts():
+    from gpu_problem import Problem
+
+    gates = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    problem = Problem.random(64, (32, 48), [1, 1, -1], 2, 8, torch.bfloat16, "cpu", 5, gates)
+    assert problem.active_bytes() == 8 * 2 * ((64 + 32) + (64 + 48))  # adapter 1 of both modules
+    assert problem.active_flops() == 2 * 8 * (10 * (64 + 32) + 5 * (64 + 48))
+    assert problem.alone(1).adapter_of == [-1, 1, -1]
+    update = problem.update()
+    assert not update[10:].any() and not update[:5, 32:].any() and update[:5, :32].all()
+    with pytest.raises(ValueError, match="multiples of 16"):
+        Problem.random(60, (32,), [0], 1, 8, torch.bfloat16, "cpu").weights.pool()
+
+
+def test_cases_have_names_of_their_own_and_targets_refer_to_them():
+    from gpu_cases import TARGETS, decode_cases
+    from measure import POPULARITIES
+
+    names = [case.name for case in decode_cases(list(POPULARITIES), quick=False)]
+    assert len(names) == len(set(names)) > 10
+    assert {t.case for t in TARGETS if t.stage == "G1"} <= set(names)
+    assert {t.stage for t in TARGETS} == {"G1", "G2", "G3", "G4", "G5"}
+
+
+# ---- rivals ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unpacked(tmp_path, monkeypatch) -> Path:
+    """An empty folder in place of bench/peers/unpacked."""
+    from peers import sglang_kernels, stubs, vllm_kernels
+
+    monkeypatch.setattr(stubs, "UNPACKED", tmp_path)
+    vllm_kernels.kernels.cache_clear()
+    sglang_kernels.kernels.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_absent_engine_says_why(engine, unpacked, monkeypatch):
+    import peers
+    from peers import stubs
+
+    rows = torch.tensor([0, 1], dtype=torch.int32)
+
+    def reason() -> str:
+        with pytest.raises(peers.PeerAbsent) as error:
+            peers.load(engine)(rows, 2, 8, decode=True)
+        return str(error.value)
+
+    assert "run bench/peers/fetch.py" in reason()
+    (unpacked / engine).mkdir()
+    (unpacked / f"{engine}.version").write_text("0.1")
+    assert reason() == (f"unpacked files are of {engine} 0.1, wanted is {peers.VERSIONS[engine]}")
+    (unpacked / f"{engine}.version").write_text(peers.VERSIONS[engine])
+    monkeypatch.setattr(stubs.importlib.util, "find_spec", lambda name: None)
+    assert reason() == "Triton is not installed"
+
+
+def test_a_kernel_file_that_does_not_load_is_an_absent_engine(tmp_path):
+    from peers import PeerAbsent, stubs
+
+    broken = tmp_path / "broken.py"
+    for text, message in (("import no_such_module", "no_such_module"), ("int.nothing", "nothing")):
+        broken.write_text(text)
+        with pytest.raises(PeerAbsent, match=f"broken.py cannot be loaded: .*{message}"):
+            stubs.file("broken_kernels", broken)
+        assert "broken_kernels" not in sys.modules
+    with pytest.raises(PeerAbsent, match="cannot be loaded"):
+        stubs.file("broken_kernels", tmp_path / "missing.py")
+
+
+def test_grouped_mm_leaves_out_rows_without_an_adapter():
+    import peers
+
+    peer = peers.load("grouped_mm")(torch.tensor([2, -1, 0, 2], dtype=torch.int32), 3, 8,
+                                    decode=True)  # fmt: skip
+    x, y = torch.randn(4, 32).bfloat16(), torch.zeros(4, 40).bfloat16()
+    a = [torch.randn(3, 8, 32).bfloat16() for _ in range(2)]
+    b = [torch.randn(3, n, 8).bfloat16() for n in (16, 24)]
+    weights = peer.pack(a, b)
+    peer.prepare()
+    peer.update(y, x, weights)
+    for row, adapter in ((0, 2), (2, 0), (3, 2)):
+        parts = [b_s[adapter].float() @ (a_s[adapter].float() @ x[row].float())
+                 for a_s, b_s in zip(a, b, strict=True)]  # fmt: skip
+        torch.testing.assert_close(y[row].float(), torch.cat(parts), rtol=0.05, atol=0.5)
+    assert not y[1].any()
+    with pytest.raises(peers.PeerAbsent, match="bfloat16"):
+        peer.pack([t.float() for t in a], b)
+
+
+def test_sglangs_table_of_tiles_is_read(tmp_path):
+    import enum
+    import types
+
+    from peers import sglang_kernels
+
+    kind = enum.Enum("Kind", {"LINEAR": "linear"}, type=str)
+    family = enum.Enum("Family", {"GROUPED": "grouped"}, type=str)
+    plan = types.SimpleNamespace(AFamily=family, BFamily=family, Overlap=family, DenseLoraKind=kind)
+    (tmp_path / "configs").mkdir()
+    spec = {"a_family": "grouped", "block_size": 32}
+    row = {"name": "one", "phase": "decode", "kinds": ["linear"], "max_rank": 32, "spec": spec}
+    (tmp_path / "configs" / "sm90.plans.json").write_text(json.dumps({"rows": [row]}))
+    (found,) = sglang_kernels.plans(plan, tmp_path, "sm90").rows
+    assert found.phase is sglang_kernels.Phase.DECODE and found.kinds == [kind.LINEAR]
+    assert found.max_rank == 32 and found.max_tokens is None
+    assert found.spec.model_dump() == {"a_family": family.GROUPED, "block_size": 32}
+    assert sglang_kernels.plans(plan, tmp_path, "sm80") is None
+
+
+def test_fetch_keeps_the_kernel_files_alone(tmp_path, monkeypatch):
+    from peers import fetch
+
+    monkeypatch.setattr(fetch, "UNPACKED", tmp_path / "unpacked")
+    with pytest.raises(SystemExit, match="has no wheel of vllm"):
+        fetch.find(tmp_path, "vllm")
+    wheel = tmp_path / f"vllm-{fetch.VERSIONS['vllm']}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("vllm/lora/ops/triton_ops/utils.py", "vllm/lora/ops/triton_ops/deep/x.py",
+                     "vllm/lora/ops/triton_ops/README.md", "vllm/engine.py"):  # fmt: skip
+            archive.writestr(name, "pass")
+    assert fetch.unpack("vllm", fetch.find(tmp_path, "vllm")) == 1
+    files = {p.relative_to(tmp_path / "unpacked") for p in tmp_path.glob("unpacked/**/*.*")}
+    assert files == {Path("vllm/lora/ops/triton_ops/utils.py"), Path("vllm.version")}
+
+
+# ---- what the report says ----------------------------------------------------------------------
+
+
+def line(provider: str, metric: str, value: float, **more: object) -> dict:
+    case = "g1 64x64 r32 distinct 4096-4096"
+    common = {"bench": "gpu", "case": case, "dtype": "bfloat16", "unit": "us", "quick": False}
+    ratios = {"ratio": 1.0, "ratio_to": "milora", "floor": 0.8}
+    return {**H200, **common, **ratios, "provider": provider, "metric": metric, "value": value,
+            **more}  # fmt: skip
+
+
+def report(tmp_path: Path, records: list[dict]) -> str:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    done = run(sys.executable, BENCH / "gpu_report.py", path, "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / "GPU.md").read_text()
+
+
+def row_of(text: str, title: str) -> list[str]:
+    (found,) = [row for row in text.splitlines() if row.startswith(f"| {title} |")]
+    return [cell.strip() for cell in found.split("|")[1:-1]]
+
+
+def test_the_report_tells_measured_from_unmeasured(tmp_path):
+    from gpu_cases import KERNELS
+
+    proof = {**H200, "bench": "correct", "case": "decode_cluster", "kernel": "decode_cluster",
+             "passed": 9, "failed": 0}  # fmt: skip
+    later = {**proof, "date": "2026-12-01T00:00:00+00:00", "failed": 2}
+    on_cpu = line("milora", "time", 1.0, kernel="prefill", capability=0, floor_us=1.0, share=1.0)
+    text = report(tmp_path, [
+        line("milora", "time", 20.0, kernel="decode_cluster", floor_us=16.0, share=0.8),
+        line("vllm", "time", 50.0, kernel="decode_cluster"),
+        line("sglang", "absent", 0.0, reason="Triton is not installed"),
+        line("milora", "share", 0.8), line("milora", "over_best_peer", 1.2), proof, later, on_cpu,
+    ])  # fmt: skip
+    cluster = row_of(text, KERNELS["decode_cluster"].title)
+    assert cluster[2:6] == ["16.0", "20.0", "80%", "vllm 50.0 (2.50×); sglang absent"]
+    assert cluster[6] == "2026-11-30, NVIDIA H200, abc; since then 2 tests failed"
+    others = [row_of(text, k.title) for name, k in KERNELS.items() if name != "decode_cluster"]
+    assert all(row[1] == "*unmeasured*" and row[6] == "never on a GPU" for row in others)
+    assert "| G1 | share of copy bandwidth | ≥ 0.75 | 0.800 | yes |" in text
+    assert "| G1 | speed ÷ best peer | ≥ 1.5 | 1.200 | no |" in text
+    assert "| sglang | g1 | Triton is not installed |" in text
+
+
+def test_the_committed_report_is_what_the_script_writes(tmp_path):
+    kept = BENCH / "results" / "gpu.jsonl"
+    records = records_of(kept) if kept.exists() else []
+    assert report(tmp_path, records) == (BENCH / "results" / "GPU.md").read_text()
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.test_grouped_lora" name="test_train_against_reference[cuda-dtype0]"/>
+<testcase classname="tests.test_fused_lora" name="test_takes_leading_dimensions[cuda]"/>
+<testcase classname="tests.test_prompt_router" name="test_widths[cuda-1]"><failure/></testcase>
+<testcase classname="tests.test_pool_copies" name="test_the_budget_of_a_gpu[cuda]"><skipped/>
+</testcase></testsuite></testsuites>"""
+
+
+def test_what_the_gpu_tests_have_seen(tmp_path):
+    from gpu_correct import count
+
+    path = tmp_path / "tests.xml"
+    path.write_text(JUNIT)
+    good, bad = {"passed": 1, "failed": 0}, {"passed": 0, "failed": 1}
+    train = {"train_forward": good, "train_backward": good}
+    router = {"router_forward": bad, "router_backward": bad}
+    assert count(path, 90) == {"fused_lora": good, **train, **router}
+    assert count(path, 80) == {**train, **router}
+
+
+def test_every_kernel_has_tests_on_a_gpu():
+    from gpu_cases import KERNELS
+
+    files = re.search(r"ops_tests=\((.*?)\)", CHECK.read_text(), re.DOTALL)[1].split()
+    done = run(sys.executable, "-m", "pytest", "-m", "cuda", "--collect-only", *files)
+    ids = re.findall(r"^tests/(\w+)\.py(::.*)$", done.stdout, re.MULTILINE)
+    assert len(ids) > 100, done.stdout + done.stderr
+    for name, kernel in KERNELS.items():
+        mine = [test for test in map("".join, ids) if re.search(kernel.tests, test)]
+        assert mine, name
+    decode, prefill = KERNELS["decode_cluster"].tests, KERNELS["prefill"].tests
+    both = [t for t in map("".join, ids) if re.search(decode, t) and re.search(prefill, t)]
+    assert not both
+
+
+# ---- the script --------------------------------------------------------------------------------
+
+
+def test_the_scripts_stages(tmp_path):
+    assert run("bash", "-n", CHECK).returncode == 0
+    stages = run("bash", CHECK, "--list").stdout.split()
+    assert stages == ["load", "test", "model", "memcheck", "racecheck", "initcheck",
+                      "g1", "g2", "g3", "g4", "g5", "train", "cpp", "report"]  # fmt: skip
+    text = CHECK.read_text()
+    assert all(f"stage_{stage}()" in text for stage in stages)
+    wrong = run("bash", CHECK, "load", "g9", OUT=str(tmp_path))
+    assert wrong.returncode == 2 and "no stage is called g9" in wrong.stderr
+    assert "== load" not in wrong.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_stage_that_fails_is_named(tmp_path):
+    done = run("bash", CHECK, "load", OUT=str(tmp_path), PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert "torch sees no GPU" in done.stderr
+    assert done.stdout.endswith("failed: load\n") and "== load: FAILED" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_cpp_benches_of_the_cuda_kernels_compile(tmp_path):
+    """The benches' own sources; test_cuda_build.py has the kernels."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    tools = {name: shutil.which(name, path=path) for name in ("nvcc", "cmake", "ninja")}
+    if None in tools.values():
+        pytest.skip(f"needs nvcc, cmake and ninja; found {tools}")
+    if "CUTLASS_PATH" not in os.environ:
+        try:
+            metadata.distribution("nvidia-cutlass")
+        except metadata.PackageNotFoundError:
+            pytest.skip("needs CUTLASS: pip install nvidia-cutlass==4.2.0.0, or set CUTLASS_PATH")
+    options = ["-DMILORA_BENCH=ON", "-DMILORA_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = run(tools["cmake"], "-GNinja", "-S", ROOT, "-B", tmp_path, *options, PATH=path)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    objects = ["bench/cpp/CMakeFiles/cuda_harness.dir/cuda_harness.cu.o"]
+    for noun in ("grouped_lora", "train", "prompt_router"):
+        target = f"bench_{noun}_cuda"
+        objects.append(f"bench/cpp/CMakeFiles/{target}.dir/{target}.cu.o")
+    built = run(tools["ninja"], "-C", tmp_path, *objects, PATH=path)
+    assert built.returncode == 0, built.stdout[-6000:] + built.stderr

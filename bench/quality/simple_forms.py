@@ -7,14 +7,13 @@ looking up by name), and none of the tasks themselves: a test holds the two apar
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Callable
 
 from milora.data import Example
 from quality import rules
 from quality.rules import Values
 from quality.tasks import TASKS, fill
-from quality.words import COLORS, KEYWORDS, MONTHS, NAMES, PAIRS, UNITS
+from quality.words import KEYWORDS, MONTHS, PAIRS, UNITS
 
 
 def _text(rng: random.Random) -> str:
@@ -117,19 +116,6 @@ def _after(rng: random.Random) -> Values:
     return Values({"s": text, "a": text[place]}, text[place + 1], text)
 
 
-def _echo(rng: random.Random) -> Values:
-    """Different tokens, said again and again: what teaches to look back by content.
-
-    Their number differs from row to row, else looking a fixed way back would do.
-    """
-    period = rng.sample(_ECHOED, rng.randint(3, 14))
-    said = (period * _ECHO_TOKENS)[: _ECHO_TOKENS - len(period)]
-    return Values({"s": " ".join(period)}, " ".join(said), "")
-
-
-_ECHOED = (*NAMES, *COLORS, *MONTHS, *string.ascii_uppercase, *string.digits)
-_ECHO_TOKENS = 36
-
 # How to draw, in which words, and how often. Looking something up in the prompt and adding are what
 # a small model learns last; at an equal share it would need several times the steps.
 Form = tuple[Callable[[random.Random], Values], tuple[str, ...], int]
@@ -157,7 +143,6 @@ FORMS: tuple[Form, ...] = (
                  "find the color for {a} in {rows}"), 4),
     (_one_hop, ("{facts} ; one step from {a}", "given {facts} , the friend of {a}",
                 "start at {a} and go one step in {facts}"), 4),
-    (_echo, ("{s}", "repeat {s}"), 12),
     (_after, ("the letter after {a} in {s}", "{s} , go one after {a}"), 2),
 )  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""G1 to G5: the kernels and whole models on a GPU, beside other engines, PEFT and plain torch.
+"""The CUDA kernels, and whole models with them, beside other engines, PEFT and plain torch.
 
-    g1  the decode op, 64 rows of 64 adapters, and other mixes, batches, ranks and shapes
-    g2  a decode step of a Llama-2-7B shape, 32 tenants in a batch of 32, top_k 3
-    g3  a block's linear modules over 4096 prompt tokens of 8 tenants
-    g4  the prompt router beside one read of the hidden states
-    g5  the paper's Table 4: generation with beam 1 and 3 beside LoRA, DoRA and MOELoRA
+    g1    the decode op, 64 rows of 64 adapters, and other mixes, batches, ranks and shapes
+    g2    a decode step of a Llama-2-7B shape, 32 tenants in a batch of 32, top_k 3
+    g3    a block's linear modules over 4096 prompt tokens of 8 tenants
+    g4    the prompt router beside one read of the hidden states
+    g5    the paper's Table 4: generation with beam 1 and 3 beside LoRA, DoRA and MOELoRA
+    pool  the adapter pool's copies beside one copy of as many bytes
 
 Every provider is compared with float32 torch before it is timed. Engines come from bench/peers/;
 one that cannot run is reported as absent. With `--device cpu --quick` everything runs small and
@@ -31,6 +32,7 @@ CASES = {
     "g3": "gpu_prefill",
     "g4": "gpu_router",
     "g5": "gpu_table4",
+    "pool": "gpu_pool",
 }
 SMALL = {"shape": Shape.parse(TINY), "tokens": 64, "tenants": 2, "rank": 8, "batch": 2,
          "prompt_tokens": 16, "new_tokens": 4}  # fmt: skip
@@ -41,7 +43,7 @@ def main() -> None:
     options.set_defaults(popularity=list(POPULARITIES), dtype=["bfloat16"], device="cuda")
     options.add_argument("--shape", type=Shape.parse, default=Shape.parse(LLAMA_7B),
                          help="hidden,layers,heads,intermediate,vocab")  # fmt: skip
-    options.add_argument("--rank", type=int, default=32, help="of g2, g3 and g5")
+    options.add_argument("--rank", type=int, default=32, help="of g2, g3, g5 and pool")
     options.add_argument("--tokens", type=int, default=4096, help="of g3 and g4, all prompts")
     options.add_argument("--tenants", type=int, default=8, help="of g3")
     options.add_argument("--batch", type=int, default=32, help="rows of g2, each its own tenant")

@@ -11,7 +11,7 @@
 #   test       the ops' tests on the GPU, against float64; what was seen correct, into $OUT
 #   model      routed generation and gradients of a whole model, GPU against CPU
 #   memcheck, racecheck, initcheck   compute-sanitizer over the ops' tests against the reference
-#   g1 ... g5  the benches of bench/bench_gpu.py
+#   g1 ... g5, pool   the benches of bench/bench_gpu.py
 #   train      the training op beside PEFT's expression
 #   cpp        the C++ benches, if build/bench-cuda has them (see bench/cpp/cuda.cmake)
 #   report     bench/results/GPU.md from all JSON lines
@@ -22,7 +22,7 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu}"
 LIMIT="${LIMIT:-480}"
-STAGES=(load test model memcheck racecheck initcheck g1 g2 g3 g4 g5 train cpp report)
+STAGES=(load test model memcheck racecheck initcheck g1 g2 g3 g4 g5 pool train cpp report)
 LINES="$OUT/gpu.jsonl"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1  # nothing here needs the network
@@ -79,6 +79,7 @@ stage_g2() { bench_gpu g2; }
 stage_g3() { bench_gpu g3; }
 stage_g4() { bench_gpu g4; }
 stage_g5() { bench_gpu g5; }
+stage_pool() { bench_gpu pool; }
 
 stage_train() {
   "$PYTHON" bench/bench_grouped_lora.py --device cuda --case train --dtype bfloat16 --json "$LINES"

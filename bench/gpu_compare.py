@@ -55,8 +55,7 @@ def build(
         for number in range(num_copies(max(1, nbytes), s.args.device, quick=s.args.quick)):
             for provider, problem in zip(providers, problems, strict=True):
                 functions.append(step(provider, problem, base, again=number > 0))
-        made = calls(functions, s.args.device)
-        made.number //= len(problems)
+        made = calls(functions, s.args.device, parts=len(problems))
     except PeerAbsent:
         raise
     except (RuntimeError, NotImplementedError) as error:

@@ -21,7 +21,7 @@ MAX_COPIES = 512
 
 @dataclass
 class Calls:
-    """One provider's calls as one run."""
+    """One provider's calls as one run, and how many there are."""
 
     run: Run
     number: int
@@ -33,19 +33,24 @@ def num_copies(nbytes: int, device: str, *, quick: bool) -> int:
     return max(1, min(wanted, 2 if quick else MAX_COPIES))
 
 
-def calls(functions: list[Callable[[], object]], device: str) -> Calls:
-    """The functions one after another: a graph on a GPU, a loop elsewhere."""
+def calls(functions: list[Callable[[], object]], device: str, parts: int = 1) -> Calls:
+    """The functions one after another: a graph on a GPU, a loop elsewhere.
+
+    Args:
+        parts: so many functions make up one call.
+    """
 
     def step() -> None:
         for function in functions:
             function()
 
-    if device == "cuda":
-        return Calls(Run(captured(step).replay), len(functions))
-    return Calls(Run(step), len(functions))
+    run = Run(captured(step).replay if device == "cuda" else step)
+    return Calls(run, len(functions) // parts)
 
 
-def captured(step: Callable[[], object], before: Callable[[], object] = lambda: None):
+def captured(
+    step: Callable[[], object], before: Callable[[], object] = lambda: None
+) -> torch.cuda.CUDAGraph:
     """A CUDA graph of step(), which runs three times before: caches fill, Triton compiles.
 
     Warm-up and capture are on one stream, since some engines keep workspaces by stream. `before`
@@ -67,7 +72,9 @@ def captured(step: Callable[[], object], before: Callable[[], object] = lambda: 
     return graph
 
 
-def per_call(providers: dict[str, Calls], device: str, repeat: int, seconds: float):
+def per_call(
+    providers: dict[str, Calls], device: str, repeat: int, seconds: float
+) -> dict[str, Times]:
     """Seconds of one call of each provider."""
     runs = {name: provider.run for name, provider in providers.items()}
     times = interleaved(runs, device, repeat, seconds)

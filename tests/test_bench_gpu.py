@@ -70,7 +70,7 @@ def test_every_stage_writes_what_its_target_reads(lines):
     from gpu_cases import TARGETS
 
     stages = {r["case"].split()[0] for r in lines if r["case"] != "memory"}
-    assert stages == {"g1", "g2", "g3", "g4", "g5"}
+    assert stages == {"g1", "g2", "g3", "g4", "g5", "pool"}
     for target in TARGETS:  # sizes differ here, so G1 and G4 are found by their metric
         stage = target.case.split()[0]
         case = target.case if stage in ("g2", "g3", "g5") else None
@@ -353,7 +353,7 @@ def test_the_scripts_stages(tmp_path):
     assert run("bash", "-n", CHECK).returncode == 0
     stages = run("bash", CHECK, "--list").stdout.split()
     assert stages == ["load", "test", "model", "memcheck", "racecheck", "initcheck",
-                      "g1", "g2", "g3", "g4", "g5", "train", "cpp", "report"]  # fmt: skip
+                      "g1", "g2", "g3", "g4", "g5", "pool", "train", "cpp", "report"]  # fmt: skip
     text = CHECK.read_text()
     assert all(f"stage_{stage}()" in text for stage in stages)
     wrong = run("bash", CHECK, "load", "g9", OUT=str(tmp_path))
@@ -385,7 +385,7 @@ def test_the_cpp_benches_of_the_cuda_kernels_compile(tmp_path):
     options = ["-DMILORA_BENCH=ON", "-DMILORA_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     configured = run(tools["cmake"], "-GNinja", "-S", ROOT, "-B", tmp_path, *options, PATH=path)
     assert configured.returncode == 0, configured.stdout + configured.stderr
-    objects = ["bench/cpp/CMakeFiles/cuda_harness.dir/cuda_harness.cu.o"]
+    objects = ["bench/cpp/CMakeFiles/cuda_bench.dir/cuda_harness.cu.o"]
     for noun in ("grouped_lora", "train", "prompt_router"):
         target = f"bench_{noun}_cuda"
         objects.append(f"bench/cpp/CMakeFiles/{target}.dir/{target}.cu.o")

@@ -108,19 +108,19 @@ class Problem {
     check_cuda(launch(0, nullptr), "the kernel's launch");
     check_cuda(cudaDeviceSynchronize(), "the kernel");
     const std::vector<float> got = y_.bf16(0, outs);
+    std::vector<double> hidden(c_.rank);
+    for (int64_t r = 0; r < c_.rank; ++r) {
+      for (int64_t i = 0; i < c_.d_in; ++i) {
+        hidden[r] += static_cast<double>(a[r * c_.d_in + i]) * x[i];
+      }
+    }
     for (int64_t j = 0; j < outs; ++j) {
       double want = c_.path == Path::kFused ? 0 : before[j];
       if (c_.path == Path::kFused) {
         const std::vector<float> w = w_.bf16(j * c_.d_in * kSize, c_.d_in);
         for (int64_t i = 0; i < c_.d_in; ++i) want += static_cast<double>(w[i]) * x[i];
       }
-      for (int64_t r = 0; r < c_.rank; ++r) {
-        double hidden = 0;
-        for (int64_t i = 0; i < c_.d_in; ++i) {
-          hidden += static_cast<double>(a[r * c_.d_in + i]) * x[i];
-        }
-        want += hidden * bt[r * c_.d_out + j];
-      }
+      for (int64_t r = 0; r < c_.rank; ++r) want += hidden[r] * bt[r * c_.d_out + j];
       check(std::abs(got[j] - want) <= 0.02 * (1 + std::abs(want)), "bench_grouped_lora_cuda",
             name_of(c_), " gives ", got[j], " where ", want, " is right");
     }

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from milora.config import MiLoRAConfig, matches
+from milora.config import MiLoRAConfig
 from milora.experts import ExpertSpec, get_kind, make_spec
+from milora.patterns import matches
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
+
+from milora.patterns import matches, problem_of
 
 # Of saved adapters. A new field of `MiLoRAConfig` needs a new version: a file must hold them all.
 FORMAT_VERSION = 1
@@ -177,18 +178,6 @@ class MiLoRAConfig:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def matches(pattern: str, block: str, path: str) -> bool:
-    """Whether `pattern` names the module at `path` inside the block at path `block`.
-
-    It does as a dotted suffix of the whole path, or as a regex that matches all of `path` or all
-    of the whole path.
-    """
-    whole = f"{block}.{path}"
-    if whole == pattern or whole.endswith("." + pattern):
-        return True
-    return any(re.fullmatch(pattern, text) for text in (path, whole))
-
-
 def _first_match(patterns: dict[str, Any], block: str, path: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if matches(key, block, path)), default)
 
@@ -211,9 +200,5 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _check_regex(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise ValueError(f"MiLoRAConfig: {name} must hold strings, got {pattern!r}")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"MiLoRAConfig: {name}: {pattern!r} is not a pattern: {error}") from None
+    if problem := problem_of(pattern):
+        raise ValueError(f"MiLoRAConfig: {name}: {pattern!r} {problem}")

@@ -116,6 +116,8 @@ CONFIGS = {
     "targets_elsewhere": ({"target_modules": ["lm_head"]}, "matches 'lm_head'"),
     "pattern_syntax": ({"rank_pattern": {"(": 2}}, "is not a pattern"),
     "pattern_overflow": ({"target_modules": ["a{99999999999999}"]}, "is not a pattern"),
+    "pattern_endless": ({"target_modules": ["(q|q_proj)+x"]}, "can take forever"),
+    "pattern_nested": ({"rank_pattern": {"(.*a)*b": 2}}, "can take forever"),
     "pattern_deep": ({"target_modules": ["(" * 9000 + ")" * 9000]}, "config cannot be used"),
     "expert": ({"expert": ["lora"]}, "expert must be a name"),
     "expert_unknown": ({"expert": "moe"}, "must be one of lora"),

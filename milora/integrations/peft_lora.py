@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from milora.blocks import find_blocks
-from milora.config import MiLoRAConfig, matches
+from milora.config import MiLoRAConfig
 from milora.errors import AdapterError
+from milora.patterns import matches, problem_of
 
 PREFIX = "base_model.model."
 # Keys of LoraConfig that say nothing about the update, or say it in the tensors' names and shapes.
@@ -139,17 +140,9 @@ def _unsupported(data: dict[str, Any]) -> list[str]:
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     patterns = data.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(_compiles(key) for key in patterns):
+    if not isinstance(patterns, dict) or any(map(problem_of, patterns)):
         problems.append(f"alpha_pattern must map patterns to numbers, got {patterns!r}")
     return problems
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
 
 
 def _module_path(key: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import milora
 from milora import ops, reference
+from milora.prepared import PreparedUpdate
 
 INFERENCE_OPS = ("grouped_lora_", "prompt_router", "prompt_router_pool")
 
@@ -114,20 +115,35 @@ def fill(model: nn.Module, tenants: Tenants, prefix: str) -> None:
 
 @contextlib.contextmanager
 def replaced_ops(makers: dict[str, Callable[[Callable], Callable]]) -> Iterator[None]:
-    """Each named op of `milora.ops` replaced by what its maker makes of it."""
-    kept = {name: getattr(ops, name) for name in makers}
-    for name, make in makers.items():
-        setattr(ops, name, make(kept[name]))
+    """Each named op of `milora.ops` replaced by what its maker makes of it.
+
+    A decode step on a CPU makes most of its `grouped_lora_` calls through `PreparedUpdate`.
+    """
+    places = [(ops, name, name) for name in makers]
+    if "grouped_lora_" in makers:
+        places.append((PreparedUpdate, "__call__", "grouped_lora_"))
+    kept = [getattr(owner, attribute) for owner, attribute, _ in places]
+    for (owner, attribute, name), function in zip(places, kept, strict=True):
+        setattr(owner, attribute, makers[name](function))
     try:
         yield
     finally:
-        for name, op in kept.items():
-            setattr(ops, name, op)
+        for (owner, attribute, _), function in zip(places, kept, strict=True):
+            setattr(owner, attribute, function)
 
 
 def plain_ops() -> contextlib.AbstractContextManager:
     """`milora.reference` in place of the ops of inference."""
-    return replaced_ops({n: lambda _, n=n: getattr(reference, n) for n in INFERENCE_OPS})
+
+    def maker(name: str) -> Callable[[Callable], Callable]:
+        def make(op: Callable) -> Callable:
+            if op is PreparedUpdate.__call__:
+                return lambda *_: False  # then the op is called
+            return getattr(reference, name)
+
+        return make
+
+    return replaced_ops({name: maker(name) for name in INFERENCE_OPS})
 
 
 def route_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(milora, m) {
       "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts, "
       "int path=0, Tensor? rank_gates=None) -> ()");
   m.def(
+      "grouped_lora_prepare(Tensor[] y, Tensor x, Tensor pool, Tensor offsets, Tensor ranks, "
+      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts) -> Tensor");
+  m.def(
       "fused_lora(Tensor x, Tensor w, Tensor? bias, Tensor pool, Tensor offsets, Tensor ranks, "
       "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int expert) -> Tensor");
   m.def(
@@ -37,6 +40,7 @@ namespace {
 // One host function per op serves every device: it checks, fills Params and dispatches.
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("grouped_lora_", TORCH_BOX(&milora::grouped_lora_pool));
+  m.impl("grouped_lora_prepare", TORCH_BOX(&milora::grouped_lora_prepare));
   m.impl("fused_lora", TORCH_BOX(&milora::fused_lora));
   m.impl("grouped_lora", TORCH_BOX(&milora::grouped_lora));
   m.impl("grouped_lora_add_", TORCH_BOX(&milora::grouped_lora_add));

@@ -1,5 +1,10 @@
 // milora::grouped_lora_: y[s][t] += g (scale B (rg * A x[t]) + u y[s][t] + v), weights in the pool.
+#include <algorithm>
+#include <cstring>
+#include <string>
+
 #include "common/cuda_runtime.h"
+#include "common/macros.h"
 #include "kernels/grouped_lora/cpu.h"
 #include "kernels/grouped_lora/decode/decode.h"
 #include "kernels/grouped_lora/prefill.h"
@@ -92,4 +97,35 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
   }
 }
 
+Tensor grouped_lora_prepare(const Tensors& y, const Tensor& x, const Tensor& pool,
+                            const Tensor& offsets, const Tensor& ranks, const Tensor& scales,
+                            const Tensor& gates, const Tensor& route_of, const Tensor& adapter_of,
+                            const std::vector<int64_t>& experts) {
+  constexpr const char* kPrepare = "grouped_lora_prepare";
+  check(!x.is_cuda(), kPrepare, "x must be on the CPU, got a CUDA tensor");
+  const GroupedLoraPoolParams p = pool_params(kPrepare, y, x, pool, offsets, ranks, scales, gates,
+                                              route_of, adapter_of, experts);
+  Tensor out = torch::stable::new_empty(x, {static_cast<int64_t>(sizeof p)}, ScalarType::Byte);
+  std::memcpy(out.mutable_data_ptr(), &p, sizeof p);
+  return out;
+}
+
 }  // namespace milora
+
+// Runs what grouped_lora_prepare has checked, on other tensors of the same shapes. Python calls it
+// with ctypes (milora/prepared.py). Returns null, or the error, which lives until the next one.
+MILORA_EXPORT const char* milora_grouped_lora_run(const void* prepared, const void* x,
+                                                  void* const* y) {
+  static thread_local std::string message;
+  try {
+    milora::GroupedLoraPoolParams p;
+    std::memcpy(&p, prepared, sizeof p);
+    p.x = x;
+    std::copy(y, y + p.num_slices, p.y);
+    if (p.num_tokens > 0 && p.num_adapters > 0) milora::run_cpu(p);
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}

@@ -7,7 +7,7 @@ before the first new token, picks the top-k experts, and the choice is kept with
 from milora import ops  # loads the library: a missing or mismatched one fails here
 from milora._version import __version__
 from milora.adapters import load, save
-from milora.attach import adapters, attach, delete_adapter, detach, set_adapter
+from milora.attach import adapters, attach, delete_adapter, detach, set_adapter, set_rank
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError, PoolError, UserError
 from milora.eva import attach_eva
@@ -66,5 +66,6 @@ __all__ = [
     "routing_state",
     "save",
     "set_adapter",
+    "set_rank",
     "stats",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 
 from milora.blocks import find_blocks
 from milora.config import MiLoRAConfig
+from milora.experts import get_kind
 from milora.installing import (
     ExpertValues,
     add_adapter,
@@ -142,6 +145,28 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     if adapter_name is not None and not runtime.knows(adapter_name):
         check_known(runtime, adapter_name)
     runtime.active = adapter_name
+
+
+def set_rank(model: nn.Module, rank: int, adapter_name: str = "default") -> None:
+    """Choose how many ranks of a DyLoRA adapter inference uses; 0 for all of them.
+
+    It becomes the adapter's option `rank`, which is saved with it.
+
+    Raises:
+        ValueError: no adapter has this name, it is of another kind, or `rank` is no integer >= 0.
+    """
+    runtime = runtime_of(model)
+    check_known(runtime, adapter_name)
+    config = runtime.configs[adapter_name]
+    if config.expert != "dylora":
+        raise ValueError(f"set_rank: experts must be of kind dylora, got {config.expert}")
+    options = {**config.expert_options, "rank": rank}
+    get_kind("dylora").validate(options)
+    runtime.configs[adapter_name] = dataclasses.replace(config, expert_options=options)
+    for linear in (linear for linears in runtime.linears for linear in linears):
+        if (spec := linear.specs.get(adapter_name)) is not None:
+            linear.specs[adapter_name] = dataclasses.replace(spec, options=options)
+    runtime.packs.clear()
 
 
 def adapters(model: nn.Module) -> dict[str, MiLoRAConfig]:

@@ -11,6 +11,7 @@ from milora.adapter_files import write_folder
 from milora.adapter_validation import expert_key
 from milora.experts.dora import row_norm
 from milora.nn import MiLoRALinear
+from milora.rank_gates import is_rank_gated
 from milora.routing import RoutingState
 from milora.runtime import runtime_of
 
@@ -87,6 +88,11 @@ def export_route(
 
 def _plain(linear: MiLoRALinear, name: str, gate: float, path: str) -> dict[str, Tensor]:
     """One module's float32 tensors, with gate and scale folded in, by PEFT's names."""
+    if is_rank_gated(linear, name):
+        raise ValueError(
+            f"export_route: {path} has an expert of kind {linear.kinds[name]}, which gates each "
+            "rank by the token; no LoRA computes the same"
+        )
     weights = linear.weights(name)
     a, b = weights.a.float(), weights.scale * weights.b.float()
     if weights.output is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from milora import ops
 from milora.dequantize import dequantized, is_repacked
 from milora.experts import ExpertSpec, ExpertWeights, get_kind
+from milora.rank_gates import add_gated_update, is_rank_gated
 from milora.router import keeps_unused_edges
 from milora.routing import Call
 from milora.updates import Update
@@ -127,11 +129,26 @@ class MiLoRALinear(nn.Module):
         fixed = get_kind(self.kinds[name]).fixed
         return {key: tensor for key, tensor in self.tensors(name).items() if key not in fixed}
 
-    def weights(self, name: str) -> ExpertWeights:
-        """(A, B, scale, output vector) of one adapter's expert, differentiable."""
+    def weights(self, name: str, call: Call | None = None) -> ExpertWeights:
+        """(A, B, scale, output vector) of one adapter's expert, differentiable.
+
+        With a `call`: those of its training forward, where a kind draws something for each.
+        """
         expert = get_kind(self.kinds[name])
-        tensors = self.tensors(name)
+        tensors = {**self.tensors(name), **self._drawn(name, call)}
         return expert.materialise(tensors, self.frozen(name), self.specs[name], self.dense_weight)
+
+    def values(self, name: str, call: Call | None = None) -> dict[str, Any]:
+        """What `weights` is made of: tensors, frozen ones, and what a training forward drew."""
+        return {**self.frozen(name), **self.tensors(name), **self._drawn(name, call)}
+
+    def _drawn(self, name: str, call: Call | None) -> dict[str, Any]:
+        if call is None or not self.training:
+            return {}
+        if (self, name) not in call.drawn:
+            kind = get_kind(self.kinds[name])
+            call.drawn[self, name] = kind.drawn(self.tensors(name), self.specs[name])
+        return call.drawn[self, name]
 
     def frozen(self, name: str) -> dict[str, Tensor]:
         """The tensors of one adapter's expert that are not trained and not saved."""
@@ -238,10 +255,13 @@ class MiLoRALinear(nn.Module):
                 tensors = [t for name in names for t in self.trained(name).values()]
                 return _ZeroGrads.apply(y, *tensors)
             return y
-        experts = [self.weights(name) for name in names]
-        has_outputs = any(expert.output is not None for expert in experts)
         dropout = max(self.specs[name].dropout for name in names) if self.training else 0.0
-        if is_plain_linear(self.base_layer, x) and not (args or kwargs or dropout or has_outputs):
+        gated = [name for name in names if is_rank_gated(self, name)]
+        names = [name for name in names if name not in gated]
+        experts = [self.weights(name, call) for name in names]
+        has_outputs = any(expert.output is not None for expert in experts)
+        needs_y = dropout or has_outputs or gated
+        if is_plain_linear(self.base_layer, x) and not (args or kwargs or needs_y):
             rows = x.reshape(-1, self.d_in)
             weight, bias = self.base_layer.weight, self.base_layer.bias
             update = self._update_arguments(call, names, experts, rows)
@@ -251,10 +271,14 @@ class MiLoRALinear(nn.Module):
         x = x.reshape(-1, self.d_in).to(y.dtype)
         if dropout:
             x = nn.functional.dropout(x, dropout)
-        update = self._update_arguments(call, names, experts, rows)
-        out = ops.grouped_lora(rows, x, *update)
-        if has_outputs:
-            out = out + self._output_vectors(experts, rows, *update[3:])
+        out = rows
+        if names:
+            update = self._update_arguments(call, names, experts, rows)
+            out = ops.grouped_lora(rows, x, *update)
+            if has_outputs:
+                out = out + self._output_vectors(experts, rows, *update[3:])
+        for name in gated:
+            out = add_gated_update(call, self, name, out, x)
         return out.view(y.shape)
 
     def _update_arguments(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -352,6 +352,8 @@ class Call:
         self.pooled = False
         self.ready: dict[nn.Module, tuple[Tensor, int | None, Tensor]] = {}
         self.watch: SiblingWatch | None = None
+        # Training: what experts drew for this forward (`ExpertKind.drawn`), by module and adapter.
+        self.drawn: dict[tuple[nn.Module, str], dict[str, Any]] = {}
         self._slot_of: Tensor | None = None
 
     @property
@@ -387,7 +389,9 @@ class Call:
             state.names, state.blocks, state.adapters, state.row_of, state.prompt_lengths
         )
         empty._maps, empty._adapters = state._maps, state._adapters
-        return Call(empty, self.plan)
+        replay = Call(empty, self.plan)
+        replay.drawn = self.drawn
+        return replay
 
 
 def spans_of(

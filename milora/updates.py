@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from milora import ops
+from milora.rank_gates import RankGates
 
 if TYPE_CHECKING:
     from milora.nn import MiLoRALinear
@@ -62,7 +63,8 @@ class Update:
                 [linears[i].column for i in indices],
                 call.path_of(num_tokens),
             )
-            self.calls.append((dtype, indices, tables, arguments))
+            gates = RankGates.needed(call, [linears[i] for i in indices], num_tokens)
+            self.calls.append((dtype, indices, tables, arguments, gates))
 
     def fits(
         self, call: Call, linears: tuple[MiLoRALinear, ...], dtype: torch.dtype, num_tokens: int
@@ -78,9 +80,11 @@ class Update:
 
     def add(self, x: Tensor, outputs: list[Tensor]) -> None:
         """Update `outputs`; those that the op cannot change in place are replaced."""
-        for dtype, indices, _, arguments in self.calls:
+        for dtype, indices, _, arguments, gates in self.calls:
             ys = [_ready(outputs[i], dtype) for i in indices]
-            ops.grouped_lora_(ys, _ready(x, dtype), *arguments)
+            x_ready = _ready(x, dtype)
+            rank_gates = None if gates is None else gates.of(x_ready)
+            ops.grouped_lora_(ys, x_ready, *arguments, rank_gates)
             for i, y in zip(indices, ys, strict=True):
                 if y is not outputs[i]:
                     outputs[i] = y.to(outputs[i].dtype)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from milora.experts import ExpertSpec, get_kind, make_spec
+from milora.experts import ExpertSpec, RankGated, get_kind, make_spec
 from milora.random import uniform
 
 # case -> (kind, options); the sizes suit the tiny models of tests/tiny_models.py
@@ -33,7 +33,14 @@ CASES: dict[str, tuple[str, dict]] = {
     "mora": ("mora", {}),
     "bone": ("bone", {}),
     "lorta": ("lorta", {"head_dim": 4}),
+    "dylora": ("dylora", {}),
+    "dylora_rank": ("dylora", {"rank": 2, "min_rank": 2}),
+    "beamlora": ("beamlora", {"tau": 0.5}),
+    "flylora": ("flylora", {"top_k": 2}),
+    "smora": ("smora", {"top_k": 2}),
 }
+# Tokens gate their ranks: no (A, B) says what these compute. Their own tests: test_rank_gated.py.
+GATED = {case for case, (kind, _) in CASES.items() if isinstance(get_kind(kind), RankGated)}
 # What these start with is not 0.
 MOVES_THE_BASE = {"lora_xs": 1e-3, "lora_xs_random": 1e-3, "nlora": math.inf}
 
@@ -69,7 +76,8 @@ def base_weight(spec: ExpertSpec, dtype=torch.float32) -> Tensor:
 def update_of(
     kind: str, t: dict[str, Tensor], f: dict[str, Tensor], spec: ExpertSpec, weight: Tensor
 ) -> Tensor:
-    """dW [d_out, d_in] as the papers write it, in the dtype of the tensors."""
+    """dW [d_out, d_in] as the papers write it, in the dtype of the tensors; of `GATED` with all
+    gates 1."""
     return _DENSE[kind](t, f, spec, weight)
 
 
@@ -162,6 +170,17 @@ def _lorta(t, f, spec, weight):
     return spec.scale * torch.cat(heads)
 
 
+def _dylora(t, f, spec, weight):
+    n = min(spec.options.get("rank") or spec.rank, spec.rank)
+    return spec.alpha / n * t["dylora_B"][:, :n] @ t["dylora_A"][:n]
+
+
+def _beamlora(t, f, spec, weight):
+    q = t["lora_beam_core"] / spec.options.get("tau", 0.05)
+    shares = spec.rank * q.exp() / q.exp().sum()
+    return spec.scale * t["lora_beam_B"] @ torch.diag(shares) @ t["lora_beam_A"]
+
+
 def _bone(t, f, spec, weight):
     d = t["lora_bone_B"].T  # [r, d_out]
     rows = [d[i % spec.rank] for i in range(spec.d_in)]
@@ -193,4 +212,8 @@ _DENSE = {
     "mora": _mora,
     "bone": _bone,
     "lorta": _lorta,
+    "dylora": _dylora,
+    "beamlora": _beamlora,
+    "flylora": lambda t, f, s, w: s.scale * t["flylora_B"] @ f["flylora_A"],
+    "smora": lambda t, f, s, w: s.scale * t["lora_smora_B"] @ t["lora_smora_A"],
 }

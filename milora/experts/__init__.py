@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, make_spec
+from milora.experts.beamlora import BeamLora
 from milora.experts.bone import Bone
 from milora.experts.dora import Dora
+from milora.experts.dylora import DyLora
 from milora.experts.ffa_lora import FfaLora
+from milora.experts.flylora import FlyLora
 from milora.experts.loldu import Loldu
 from milora.experts.lora import Lora
 from milora.experts.lora_ga import LoraGa
@@ -19,6 +22,8 @@ from milora.experts.nlora import IntTune, Nlora, Slora
 from milora.experts.nola import Nola
 from milora.experts.prolora import Prolora
 from milora.experts.randlora import Randlora
+from milora.experts.rank_gated import RankGated
+from milora.experts.smora import Smora
 
 REGISTRY: dict[str, ExpertKind] = {
     kind.name: kind
@@ -41,6 +46,10 @@ REGISTRY: dict[str, ExpertKind] = {
         Mora(),
         Bone(),
         Lorta(),
+        DyLora(),
+        BeamLora(),
+        FlyLora(),
+        Smora(),
     )
 }
 
@@ -56,4 +65,12 @@ def get_kind(name: str) -> ExpertKind:
     return REGISTRY[name]
 
 
-__all__ = ["REGISTRY", "ExpertKind", "ExpertSpec", "ExpertWeights", "get_kind", "make_spec"]
+__all__ = [
+    "REGISTRY",
+    "ExpertKind",
+    "ExpertSpec",
+    "ExpertWeights",
+    "RankGated",
+    "get_kind",
+    "make_spec",
+]

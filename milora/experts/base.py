@@ -178,6 +178,14 @@ class ExpertKind(ABC):
             known = ", ".join(self.defaults) or "none"
             raise ValueError(f"{self.name}: unknown options {unknown}; known options: {known}")
 
+    def drawn(self, tensors: dict[str, Tensor], spec: ExpertSpec) -> dict[str, Any]:
+        """What holds for one training forward: values that join `tensors` or stand in for them.
+
+        Asked for once per forward, in training mode; its recomputations under activation
+        checkpointing get the same.
+        """
+        return {}
+
     @abstractmethod
     def factors(self, values: dict[str, Tensor], spec: ExpertSpec) -> tuple[Tensor, Tensor]:
         """A [served_rank, d_in] and B [d_out, served_rank], from `tensors` and `frozen` in one."""

@@ -27,7 +27,7 @@ from milora.adapter_validation import (
 from milora.blocks import linear_shape, spec_of
 from milora.config import MAX_RANK, MiLoRAConfig
 from milora.errors import AdapterError
-from milora.experts import get_kind
+from milora.experts import RankGated, get_kind
 from milora.merge.low_rank import LowRank, distance, weighted_stack
 from milora.merge.methods import METHODS
 
@@ -188,7 +188,7 @@ def _open_on_model(folder: Path, data: dict[str, Any], model: nn.Module | None) 
         )
     with open_folder(model, folder) as file:
         kind = get_kind(file.config.expert)
-        if kind.has_output:
+        if kind.has_output or isinstance(kind, RankGated):
             raise AdapterError(f"{folder}: {kind.name} experts are no low-rank update")
         places = {f"{b.path}.{path}": (b, path) for b in file.blocks for path in b.experts}
         all_keys = tensor_keys(file.config, file.blocks)

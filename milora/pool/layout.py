@@ -23,7 +23,7 @@ from milora.adapter_validation import Geometry, Shapes, expected_shapes, router_
 from milora.blocks import Block, spec_of
 from milora.config import MiLoRAConfig
 from milora.errors import AdapterError
-from milora.experts import get_kind
+from milora.experts import RankGated, get_kind
 from milora.nn import MiLoRALinear
 from milora.packing import row_bytes
 from milora.router import router_codes
@@ -145,6 +145,11 @@ class Layouts(Geometry):
         return made
 
     def _build(self, config: MiLoRAConfig) -> Layout:
+        if isinstance(get_kind(config.expert), RankGated):
+            raise AdapterError(
+                f"AdapterPool: experts of kind {config.expert} gate each rank by the token, and a "
+                "pool keeps no more of an adapter than A and B; use milora.load"
+            )
         blocks = super().blocks(config)
         missing = [
             f"{block.path}.{path}"

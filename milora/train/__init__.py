@@ -6,12 +6,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from milora.train.beam import BeamCallback, BeamSearch
     from milora.train.bilevel import BilevelTrainerMixin, MiLoRATrainer
     from milora.train.metrics import MiLoRACallback
 
-__all__ = ["BilevelTrainerMixin", "MiLoRACallback", "MiLoRATrainer"]
+__all__ = [
+    "BeamCallback",
+    "BeamSearch",
+    "BilevelTrainerMixin",
+    "MiLoRACallback",
+    "MiLoRATrainer",
+]
 
 _HOMES = {
+    "BeamCallback": "beam",
+    "BeamSearch": "beam",
     "BilevelTrainerMixin": "bilevel",
     "MiLoRATrainer": "bilevel",
     "MiLoRACallback": "metrics",

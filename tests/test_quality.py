@@ -68,7 +68,7 @@ def test_prompts_of_the_splits_are_disjoint_and_held_out_prompts_do_not_repeat()
 
 def test_the_base_is_taught_none_of_the_tasks():
     taught = {e.prompt for e in pretraining_examples(4000, seed=0)}
-    asked = {e.prompt for split in SPLITS for e in mixed(TASK_NAMES, split, 2000, seed=0)}
+    asked = {e.prompt for split in SPLITS for e in mixed(TASK_NAMES, split, 800, seed=0)}
     assert taught.isdisjoint(asked)
 
 
@@ -147,6 +147,11 @@ MONTH_WORDS = (
     "january", "february", "march", "april", "may", "june", "july", "august", "september",
     "october", "november", "december",
 )  # fmt: skip
+
+
+def test_more_examples_than_there_are_values_are_refused():
+    with pytest.raises(ValueError, match="date has only .* values for dev, got 1000"):
+        examples(TASKS[TASK_NAMES.index("date")], "dev", 1000, seed=0)
 
 
 # ---- budgets ----------------------------------------------------------------------------------

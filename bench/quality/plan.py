@@ -63,15 +63,15 @@ def settings(preset: Preset) -> dict[str, dict[str, Any]]:
     layers = preset.base.num_layers
     by_depth = ["relu" if layer < layers // 2 else "gelu" for layer in range(layers)]
     found: dict[str, dict[str, Any]] = {}
-    for pooler in ("mean", "max", "last"):
-        found[f"pooler={pooler}"] = {"pooler": pooler}
+    for k in (1, 2, 5, 7):
+        found[f"top_k={k}"] = {"top_k": k}
+    found["router_norm=rms"] = {"router_norm": "rms"}
+    found["bilevel=off"] = {"bilevel": False}
     for activation in ("gelu", "relu"):
         found[f"activation={activation}"] = {"activation": activation}
     found["activation=relu then gelu"] = {"activation": by_depth}
-    found["bilevel=off"] = {"bilevel": False}
-    found["router_norm=rms"] = {"router_norm": "rms"}
-    for k in (1, 2, 5, 7):
-        found[f"top_k={k}"] = {"top_k": k}
+    for pooler in ("mean", "max", "last"):
+        found[f"pooler={pooler}"] = {"pooler": pooler}
     for coefficient in (0.0, 0.1, 1.0):
         found[f"balance={coefficient:g}"] = {"balance_coef": coefficient}
     for rank in preset.ranks:
@@ -91,12 +91,15 @@ def scale_settings() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def ablation_runs(preset: Preset, best: dict[str, float]) -> Iterator[Run]:
-    for seed in range(preset.ablation_seeds):
-        for name, (method, changes) in scale_settings().items():
-            for rate in preset.learning_rates:
+    """Setting by setting, so that an interrupted experiment lacks settings and no seeds."""
+    seeds = range(preset.ablation_seeds)
+    for name, (method, changes) in scale_settings().items():
+        for rate in preset.learning_rates:
+            for seed in seeds:
                 setting = f"{name} lr={rate:g}"
                 yield Run("ablations", method, ALL_TASKS, setting, seed, rate, _frozen(changes))
-        for name, changes in settings(preset).items():
+    for name, changes in settings(preset).items():
+        for seed in seeds:
             yield Run("ablations", MILORA, ALL_TASKS, name, seed, best[MILORA], _frozen(changes))
 
 

@@ -21,6 +21,7 @@ from quality.rules import Values
 
 NUM_HELD_OUT = 2
 _DEV, _TEST = 0.1, 0.2  # shares of all values
+_DRAWS = 50  # per example: more draws than that without a new one mean that there are no more
 SPLITS = ("train", "dev", "test_seen", "test")
 
 
@@ -114,18 +115,20 @@ def examples(task: Task, split: str, count: int, seed: int) -> list[Example]:
     """`count` examples of one split. Held-out splits never repeat values.
 
     Raises:
-        ValueError: `split` is none of `SPLITS`.
+        ValueError: `split` is none of `SPLITS`, or has fewer values than `count`.
     """
     if split not in SPLITS:
         raise ValueError(f"examples: split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = random.Random(f"{task.name}/{split}/{seed}")
     templates, made, seen = task.templates_of(split), [], set()
-    while len(made) < count:
+    for _ in range(_DRAWS * count):
         values = task.draw_from(split, rng)
         if split == "train" or values.key not in seen:
             seen.add(values.key)
             made.append(fill(task.name, rng.choice(templates), values))
-    return made
+            if len(made) == count:
+                return made
+    raise ValueError(f"examples: {task.name} has only {len(made)} values for {split}, got {count}")
 
 
 def mixed(names: tuple[str, ...], split: str, count: int, seed: int) -> list[Example]:

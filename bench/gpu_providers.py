@@ -193,7 +193,9 @@ def check(name: str, provider: Provider, call: Call, *, base: bool) -> None:
     """
     bare = isinstance(provider, Base)
     updates = [part.update() for part in provider.parts]
-    starts = [part.base() if base else part.y.float() for part in provider.parts]
+    starts = [
+        part.base() if base else part.y.to(torch.float32, copy=True) for part in provider.parts
+    ]
     call()
     for got, start, update in zip(provider.outputs(), starts, updates, strict=True):
         want = start if bare else start + update

@@ -47,7 +47,7 @@ def main() -> None:
         text += "\n## Everything measured\n\n" + everything(shown, hardware=True)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "GPU.md").write_text(text)
-    print(text)
+    print(text.partition("\n## Everything")[0])
 
 
 def on_gpu(record: dict) -> bool:

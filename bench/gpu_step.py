@@ -9,6 +9,7 @@ which a float32 copy of the base fits beside the rest.
 from __future__ import annotations
 
 import gc
+import importlib.util
 
 import torch
 from gpu_compare import Setting
@@ -28,6 +29,8 @@ CHECKED_LAYERS = 2
 def run(s: Setting, dtype: torch.dtype) -> None:
     correct(s, dtype)
     gc.collect()
+    if not has_peft():
+        s.absent("g2", "peft", dtype, PeerAbsent("PEFT is not installed"))
     shape, rows = s.args.shape, s.args.batch
     base = base_on(s.args.device, shape, dtype)
     tenants = tenants_on(s.args.device, shape, s.args.rank, rows, list(range(rows)), dtype)
@@ -45,11 +48,17 @@ def run(s: Setting, dtype: torch.dtype) -> None:
 
 def make_providers(base: nn.Module, tenants: Tenants) -> dict[str, Provider]:
     on, names = tenants.gates(SHARED), {"adapter_names": tenants.names}
-    return {
+    made = {
         "base": Provider(base, torch.zeros_like(on)),
         "milora": Provider(milora_model(base, tenants, TOP_3), None, names, routed=True),
-        "peft": Provider(peft_model(base, tenants, SHARED), on, names),
     }
+    if has_peft():
+        made["peft"] = Provider(peft_model(base, tenants, SHARED), on, names)
+    return made
+
+
+def has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
 
 
 def correct(s: Setting, dtype: torch.dtype) -> None:

@@ -19,8 +19,9 @@ import machine
 import torch
 from gpu_compare import Setting
 from gpu_model import base_on, tenants_on
-from gpu_step import graphs
+from gpu_step import graphs, has_peft
 from measure import Run, Times, interleaved
+from peers import PeerAbsent
 from providers import Provider, fill, milora_model, peft_model
 from setting import TOP_3
 from tenants import Tenants, twin
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from milora.baselines import TokenMixtureConfig, attach_token_mixture
 
 BEAMS = (1, 3)
+PEFTS = ("lora", "dora")
 EXPERTS, TOP_EXPERTS = 8, 4
 
 
@@ -80,6 +82,9 @@ def run(s: Setting, dtype: torch.dtype) -> None:
     prompt = tenants.prompts(s.args.prompt_tokens).to(device)
     models, own = {}, {}
     for name, make in MAKERS.items():
+        if name in PEFTS and not has_peft():
+            s.absent("g5", name, dtype, PeerAbsent("PEFT is not installed"))
+            continue
         before = allocated(device)
         models[name] = make(base, tenants)
         generate(models[name], prompt, 1, 2)  # what is built at the first use belongs to it

@@ -26,7 +26,7 @@ class Score:
     loss: float
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(model: nn.Module, rows: list[Row], collate: CompletionCollator, device: str) -> Score:
     """Labels tell a MiLoRA router where each prompt ends; no token of an answer reaches it."""
     matches, total, num_tokens = 0, 0.0, 0

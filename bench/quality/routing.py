@@ -32,7 +32,7 @@ def routes_of(experiment: Experiment, model: nn.Module, rows: list, padding: int
         name: nn.functional.pad(tensor, (0, padding), value=fill_with[name]).to(experiment.device)
         for name, tensor in batch.items()
     }
-    with torch.inference_mode(), milora.record_routing(model) as states:
+    with torch.no_grad(), milora.record_routing(model) as states:
         model(**batch, use_cache=False)
     return states[0].probabilities.float().cpu(), states[0].gates.float().cpu()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from quality.compare import Comparison, paired
 from quality.lines import Record
+from quality.methods import BASE, METHODS
 
 MEAN = "mean"
 BySeed = dict[int, float]
@@ -48,11 +49,12 @@ class Measured:
     def trained_on(self) -> list[str]:
         """The single tasks that were trained on, in order."""
         names = [r["trained_on"] for r in self.records if r["stage"] == "main"]
-        return [name for name in dict.fromkeys(names) if name != "all"]
+        return sorted(set(names) - {"all"})
 
     def methods(self, trained_on: str = "all") -> list[str]:
         mine = [r for r in self.records if (r["stage"], r["trained_on"]) == ("main", trained_on)]
-        return list(dict.fromkeys(r["method"] for r in mine))
+        found = {r["method"] for r in mine}
+        return [name for name in (BASE, *METHODS) if name in found]
 
     def settings(self, stage: str) -> list[str]:
         return list(dict.fromkeys(r["setting"] for r in self.records if r["stage"] == stage))

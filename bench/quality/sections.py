@@ -8,10 +8,12 @@ from pathlib import Path
 from results import table
 
 from quality.compare import Comparison, spread
-from quality.measured import EXACT, LOSS, MEAN, Measured, difference
+from quality.measured import EXACT, LOSS, Measured, difference
+from quality.methods import BASE, METHODS, MILORA
 from quality.pictures import draw_methods
+from quality.presets import PRESETS
+from quality.tasks import TASK_NAMES
 
-BASE, MILORA = "base", "MiLoRA"
 HEAD = """# What MiLoRA buys: measured quality
 
 Written by `bench/quality/report.py` from the JSON lines in `bench/quality/results/`; never edited.
@@ -30,6 +32,9 @@ examples, and is shared by all methods, so differences are paired by seed.
 apart**. `p` is the sign test's (two-sided; n seeds that agree give 2^(1 − n), so 5 seeds cannot
 reach 0.05), the interval is a bootstrap over seeds (95 %).
 """
+_NOTHING = (
+    0.05  # exact match above base and constant answer that counts as having learned something
+)
 FOOT = """
 ## Run it again
 
@@ -54,6 +59,11 @@ def machine(preset: str, measured: Measured) -> str:
     runs = [r["value"] for r in records if r["metric"] == "seconds"]
     size = measured.seeds("main", BASE, "base_parameters").get(0)
     base = "" if size is None else f" The base has {size:,.0f} parameters."
+    sizes = PRESETS[preset]
+    base += (
+        f" A multi-task fine-tuning takes {sizes.steps} steps of {sizes.batch_size} examples, a "
+        f"single-task one {sizes.single_steps}."
+    )
     return (
         f"\n## Preset {preset}\n\n{len(runs)} runs, {sum(runs) / 60:.0f} minutes of one process in "
         f"all, on {hardware}; {versions}; commit {commits}; last on {last['date'][:10]}.{base}\n"
@@ -143,10 +153,8 @@ def multi_task(measured: Measured, picture: Path) -> str:
 
 def per_task(measured: Measured) -> str:
     methods = measured.methods()
-    tasks = [r["task"] for r in measured.records if r["stage"] == "main"]
-    tasks = [t for t in dict.fromkeys(tasks) if t != MEAN]
-    rows = []
-    for task in tasks:
+    rows, unlearned = [], []
+    for task in TASK_NAMES:
         constant = measured.seeds("main", BASE, "test/constant_answer", task=task)
         cells = [task, f"{constant[0]:.3f}" if constant else ""]
         medians = {
@@ -155,8 +163,14 @@ def per_task(measured: Measured) -> str:
         }
         cells += [_bold(v, max(medians.values())) for v in medians.values()]
         rows.append(cells)
+        floor = max([medians.pop(BASE, 0.0), *constant.values()])
+        if max(medians.values()) < floor + _NOTHING:
+            unlearned.append(task)
     head = ("exact match", "best constant answer", *methods)
-    return f"\n### By task, trained on all together\n\n{table(head, rows)}"
+    text = f"\n### By task, trained on all together\n\n{table(head, rows)}"
+    if unlearned:
+        text += f"\nNo method gets {_NOTHING} above base and guess in: {', '.join(unlearned)}.\n"
+    return text
 
 
 def _bold(value: float, best: float) -> str:
@@ -186,10 +200,10 @@ def single_task(measured: Measured) -> str:
 
 def grid(measured: Measured) -> str:
     """The loss on dev values that chose the learning rates."""
-    settings = measured.settings("grid")
-    methods = list(dict.fromkeys(r["method"] for r in measured.records if r["stage"] == "grid"))
+    rates = sorted({r["learning_rate"] for r in measured.records if r["stage"] == "grid"})
+    settings = [f"lr={rate:g}" for rate in rates]
     rows, on_edge = [], []
-    for name in methods:
+    for name in METHODS:
         losses = [
             measured.seeds("grid", name, "dev/loss", setting=s).get(0, float("nan"))
             for s in settings

@@ -12,9 +12,12 @@ from results import table
 from milora.demo.heatmap import draw_heatmap
 from quality.compare import spread
 from quality.measured import EXACT, LOSS, MEAN, BySeed, Measured, difference
+from quality.methods import MILORA
 from quality.pictures import draw_ablations, draw_entropy
+from quality.plan import settings
+from quality.presets import PRESETS
+from quality.tasks import TASK_NAMES
 
-MILORA = "MiLoRA"
 # ablation -> the default's own value, which the main stage measured
 DEFAULTS = {"top_k": "3", "balance": "0.01", "pooler": "self_attention", "activation": "rational",
             "bilevel": "on", "router_norm": "none", "rank": "budget"}  # fmt: skip
@@ -27,7 +30,10 @@ def default_of(measured: Measured, metric: str) -> BySeed:
 
 
 def plain_settings(measured: Measured) -> list[str]:
-    return [s for s in measured.settings("ablations") if " lr=" not in s]
+    """In the order of the plan: lines come in the order in which runs ended."""
+    found = set(measured.settings("ablations"))
+    planned = settings(PRESETS[measured.records[0]["preset"]])
+    return [name for name in planned if name in found]
 
 
 def _cells(mine: BySeed, reference: BySeed, metric: str) -> list[str]:
@@ -131,7 +137,7 @@ def _named(names: list[str]) -> str:
 
 def routing(measured: Measured, plots: Path, preset: str) -> str:
     records = [r for r in measured.records if r["stage"] == "routing"]
-    tasks = [t for t in dict.fromkeys(r["task"] for r in records) if t != MEAN]
+    tasks = list(TASK_NAMES)
     num_experts = _draw_shares(records, tasks, plots / f"{preset}-experts.png")
     by_step = {}
     for r in records:

@@ -145,10 +145,11 @@ class MiLoRALinear(nn.Module):
     def _drawn(self, name: str, call: Call | None) -> dict[str, Any]:
         if call is None or not self.training:
             return {}
-        if (self, name) not in call.drawn:
+        place = self.block, self.column, name
+        if place not in call.drawn:
             kind = get_kind(self.kinds[name])
-            call.drawn[self, name] = kind.drawn(self.tensors(name), self.specs[name])
-        return call.drawn[self, name]
+            call.drawn[place] = kind.drawn(self.tensors(name), self.specs[name])
+        return call.drawn[place]
 
     def frozen(self, name: str) -> dict[str, Tensor]:
         """The tensors of one adapter's expert that are not trained and not saved."""
@@ -224,11 +225,12 @@ class MiLoRALinear(nn.Module):
         """Update `outputs` of `linears`, which all read x: in one op call if they share a dtype."""
         self._check_rows(call, x)
         num_tokens = x.numel() // self.d_in
-        kept = call.state.updates if call.plan is None else {}  # of a decode step
+        again = call.plan is None and not torch.compiler.is_compiling()  # a decode step
+        kept = call.state.updates if again else {}
         update = kept.get(self)
         if update is None or not update.fits(call, linears, outputs[0].dtype, num_tokens):
             update = kept[self] = Update(call, linears, outputs, num_tokens)
-        update.add(x, outputs)
+        update.add(x, outputs, again)
 
     def _check_rows(self, call: Call, x: Tensor) -> None:
         """Refuse [T, B, d] (Longformer): its tokens would silently follow the wrong prompts."""

@@ -81,7 +81,8 @@ def add_gated_update(call: Call, linear: MiLoRALinear, name: str, y: Tensor, x: 
         y: [num_tokens, d_out].  x: [num_tokens, d_in], dtype of y, after dropout: r sees it too.
     """
     kind = get_kind(linear.kinds[name])
-    is_first = linear.training and (linear, name) not in call.drawn  # and no recomputation
+    place = linear.block, linear.column, name
+    is_first = linear.training and place not in call.drawn  # and no recomputation
     values = linear.values(name, call)
     weights = kind.materialise(values, {}, linear.specs[name])
     gates = call.state.block_gates[linear.block][:, linear.column]

@@ -352,8 +352,9 @@ class Call:
         self.pooled = False
         self.ready: dict[nn.Module, tuple[Tensor, int | None, Tensor]] = {}
         self.watch: SiblingWatch | None = None
-        # Training: what experts drew for this forward (`ExpertKind.drawn`), by module and adapter.
-        self.drawn: dict[tuple[nn.Module, str], dict[str, Any]] = {}
+        # Training: what experts drew for this forward (`ExpertKind.drawn`), by block, column and
+        # adapter.
+        self.drawn: dict[tuple[int, int, str], dict[str, Any]] = {}
         self._slot_of: Tensor | None = None
 
     @property

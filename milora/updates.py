@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from milora import ops
+from milora.prepared import PreparedUpdate
 from milora.rank_gates import RankGates
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Update:
         num_tokens: rows of x.
     """
 
-    __slots__ = ("block", "calls", "dtype", "linears", "num_tokens", "slot_of")
+    __slots__ = ("block", "calls", "dtype", "linears", "num_tokens", "prepared", "slot_of")
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Update:
             )
             gates = RankGates.needed(call, [linears[i] for i in indices], num_tokens)
             self.calls.append((dtype, indices, tables, arguments, gates))
+        self.prepared: list[PreparedUpdate | None] = [None] * len(self.calls)
 
     def fits(
         self, call: Call, linears: tuple[MiLoRALinear, ...], dtype: torch.dtype, num_tokens: int
@@ -78,16 +80,24 @@ class Update:
             and all(call.weights.block(self.block, c[0]) is c[2] for c in self.calls)
         )
 
-    def add(self, x: Tensor, outputs: list[Tensor]) -> None:
-        """Update `outputs`; those that the op cannot change in place are replaced."""
-        for dtype, indices, _, arguments, gates in self.calls:
-            ys = [_ready(outputs[i], dtype) for i in indices]
+    def add(self, x: Tensor, outputs: list[Tensor], again: bool) -> None:
+        """Update `outputs`; those that the op cannot change in place are replaced.
+
+        Args:
+            again: whether there will be more calls with other values of the same shapes.
+        """
+        for i, (dtype, indices, _, arguments, gates) in enumerate(self.calls):
+            ys = [_ready(outputs[k], dtype) for k in indices]
             x_ready = _ready(x, dtype)
-            rank_gates = None if gates is None else gates.of(x_ready)
-            ops.grouped_lora_(ys, x_ready, *arguments, rank_gates)
-            for i, y in zip(indices, ys, strict=True):
-                if y is not outputs[i]:
-                    outputs[i] = y.to(outputs[i].dtype)
+            prepared = self.prepared[i]
+            if prepared is None or not prepared(ys, x_ready):
+                rank_gates = None if gates is None else gates.of(x_ready)
+                ops.grouped_lora_(ys, x_ready, *arguments, rank_gates)
+                if again and prepared is None and gates is None and x_ready.is_cpu:
+                    self.prepared[i] = PreparedUpdate(ys, x_ready, *arguments[:-1])
+            for k, y in zip(indices, ys, strict=True):
+                if y is not outputs[k]:
+                    outputs[k] = y.to(outputs[k].dtype)
 
 
 def _ready(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import milora
-from milora.attach import runtime_of
+from milora.prepared import PreparedUpdate
+from milora.runtime import runtime_of
 
 
 @pytest.fixture
@@ -77,13 +78,25 @@ def test_siblings_get_the_bits_of_modules_that_work_alone(prompts, mode):
         assert torch.equal(got, want)
 
 
-def test_a_decode_step_adds_four_ops_a_block_and_allocates_nothing(prompts):
-    """Beside the base's own ops there are the four calls for qkv, o, gate and up, down: no other
-    op, so no tensor is made, viewed or copied for the adapters in steady state."""
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_decode_step_adds_four_calls_a_block_and_allocates_nothing(
+    prompts, prepared, monkeypatch
+):
+    """Beside the base's own ops there are the four calls for qkv, o, gate and up, down, which on a
+    CPU are no torch ops: so no tensor is made, viewed or copied for the adapters."""
     model = make_model(top_k=7)
+    run = PreparedUpdate.__call__
+    calls = []
+
+    def counted(*args):
+        calls.append(prepared and run(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(PreparedUpdate, "__call__", counted)
 
     def ops_of_a_step(cache) -> collections.Counter:
         token = torch.full((len(LENGTHS), 1), 5)
+        calls.clear()
         with torch.no_grad(), OpCount() as count:
             model(input_ids=token, past_key_values=cache, use_cache=True)
         return count.ops
@@ -92,14 +105,15 @@ def test_a_decode_step_adds_four_ops_a_block_and_allocates_nothing(prompts):
         milora.set_adapter(model, name)
         with torch.no_grad():
             cache = model(**prompts, use_cache=True).past_key_values
-        ops_of_a_step(cache)  # the first step fills the maps of this number of tokens
+        ops_of_a_step(cache)  # the first step prepares the calls for this number of tokens
         return cache
 
-    routed = ops_of_a_step(cache_of("default"))
     bare = ops_of_a_step(cache_of(None))
+    routed = ops_of_a_step(cache_of("default"))
+    assert len(calls) == 4 * NUM_BLOCKS and all(calls) == prepared
     routed.subtract(bare)
     changed = {name: count for name, count in routed.items() if count}
-    assert changed == {"milora::grouped_lora_": 4 * NUM_BLOCKS}
+    assert changed == ({} if prepared else {"milora::grouped_lora_": 4 * NUM_BLOCKS})
 
 
 def test_bare_rows_alone_cost_no_op(prompts):

@@ -32,7 +32,8 @@ PROFILE_HEAD = """
 ## Where the added time goes
 
 Milliseconds of one forward beyond the base's. *ops*: inside milora's ops, which cannot take less
-than *floor*; *python*: what is left when the ops are left out.
+than *floor*; *python*: what is left when the ops are left out. What was tried where a target is
+missed stands in `docs/decisions.md`.
 
 """
 

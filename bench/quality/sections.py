@@ -32,9 +32,8 @@ examples, and is shared by all methods, so differences are paired by seed.
 apart**. `p` is the sign test's (two-sided; n seeds that agree give 2^(1 − n), so 5 seeds cannot
 reach 0.05), the interval is a bootstrap over seeds (95 %).
 """
-_NOTHING = (
-    0.05  # exact match above base and constant answer that counts as having learned something
-)
+# Exact match above base and constant answer that is taken for nothing learned.
+_NOTHING = 0.05
 FOOT = """
 ## Run it again
 

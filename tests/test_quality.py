@@ -274,7 +274,6 @@ def run_script(*arguments: object) -> str:
 def test_all_stages_end_to_end_then_nothing_is_repeated_then_a_report(tmp_path, capsys):
     lines = tmp_path / "results" / "tiny.jsonl"
     options = ["--preset", "tiny", "--json", str(lines), "--cache", str(tmp_path / "cache")]
-    run_script(BENCH / "quality/run.py", *options, "--jobs", 2, "--stage", "grid")
     assert run.main(options) == 0
     written = lines.read_text()
     capsys.readouterr()
@@ -295,6 +294,14 @@ def test_all_stages_end_to_end_then_nothing_is_repeated_then_a_report(tmp_path, 
         assert f"| {method} |" in text
     for picture in ("methods", "ablations", "entropy", "experts"):
         assert (tmp_path / "plots" / f"tiny-{picture}.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_writer(tmp_path):
+    lines = tmp_path / "tiny.jsonl"
+    options = ["--preset", "tiny", "--json", lines, "--cache", tmp_path / "cache"]
+    run_script(BENCH / "quality/run.py", *options, "--jobs", 2, "--stage", "grid")
+    assert {r["method"] for r in read([lines])} == set(METHODS)
 
 
 # ---- the paper's tables -----------------------------------------------------------------------

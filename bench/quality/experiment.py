@@ -99,7 +99,7 @@ class Experiment:
         return [{**common, **record} for record in found]
 
     def _scores(self, model, run: Run) -> list[dict[str, Any]]:
-        """Per task in the main stage, means over the tasks in every stage."""
+        """Means over the tasks; in the main stage also each task's own held-out scores."""
         names = TASK_NAMES if run.trained_on == ALL_TASKS else (run.trained_on,)
         metrics: dict[str, list[float]] = {}
         for name in names:
@@ -115,6 +115,7 @@ class Experiment:
             records += [
                 _record(name, key, value)
                 for key, values in metrics.items()
+                if key.startswith("test/")
                 for name, value in zip(names, values, strict=True)
             ]
         return records

@@ -13,7 +13,7 @@ from milora.demo.heatmap import draw_heatmap
 from quality.compare import spread
 from quality.measured import EXACT, LOSS, MEAN, BySeed, Measured, difference
 from quality.methods import MILORA
-from quality.pictures import draw_ablations, draw_entropy
+from quality.pictures import draw_ablations, draw_entropy, shrink
 from quality.plan import settings
 from quality.presets import PRESETS
 from quality.tasks import TASK_NAMES
@@ -194,4 +194,5 @@ def _draw_shares(records: list[dict], tasks: list[str], path: Path) -> int:
         for task in tasks
     }
     draw_heatmap(shares, names, path)
+    shrink(path)
     return len(names)

@@ -80,7 +80,7 @@ def attach(
     Args:
         steps: of the training to come; AdaLoRA plans its pruning by it.
         changes: fields of MiLoRAConfig for the ablations of MiLoRA; `alpha_factor` (alpha ÷ rank)
-            for MiLoRA and LoRA; `rank` for a fixed rank instead of the budget's.
+            for MiLoRA and LoRA; `fixed_rank` for MiLoRA, instead of the budget's.
 
     Raises:
         ValueError: an unknown method.
@@ -203,9 +203,10 @@ def _milora(
     rank: int,
     seed: int,
     alpha_factor: float | None = None,
+    fixed_rank: int | None = None,
     **changes: Any,
 ) -> Attached:
-    ranks = Ranks(changes.pop("rank")) if "rank" in changes else routed_ranks(model, expert, rank)
+    ranks = Ranks(fixed_rank) if fixed_rank else routed_ranks(model, expert, rank)
     factor = {} if alpha_factor is None else {
         "alpha": alpha_factor * ranks.rank, "alpha_pattern": ranks.pattern(alpha_factor),
     }  # fmt: skip

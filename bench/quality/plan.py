@@ -75,7 +75,7 @@ def settings(preset: Preset) -> dict[str, dict[str, Any]]:
     for coefficient in (0.0, 0.1, 1.0):
         found[f"balance={coefficient:g}"] = {"balance_coef": coefficient}
     for rank in preset.ranks:
-        found[f"rank={rank}"] = {"rank": rank}
+        found[f"rank={rank}"] = {"fixed_rank": rank}
     return found
 
 

@@ -56,7 +56,7 @@ def records_of(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("gpu") / "lines.jsonl"
-    options = ["--quick", "--device", "cpu", "--repeat", "2", "--threads", "2", "--json", path]
+    options = ["--quick", "--device", "cpu", "--repeat", "2", "--threads", "1", "--json", path]
     done = run(sys.executable, BENCH / "bench_gpu.py", *options, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr
     return records_of(path)

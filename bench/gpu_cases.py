@@ -110,11 +110,11 @@ class Kernel:
 DECODE_TESTS = (
     r"test_grouped_lora::test_pool_(against_reference|is_batch_invariant)\[.*\b0\b"
     r"|test_grouped_lora::test_pool_(leaves_idle_rows|takes_any)"
-    r"|test_cuda_graphs::test_grouped_lora_replays\[0"
+    r"|test_cuda_graphs::test_(grouped_lora_replays|streams_do_not_disturb\w+)\[0"
 )
 PREFILL_TESTS = (
     r"test_grouped_lora::test_pool_(against_reference|is_batch_invariant)\[.*\b1\b"
-    r"|test_cuda_graphs::test_grouped_lora_replays\[1"
+    r"|test_cuda_graphs::test_(grouped_lora_replays|streams_do_not_disturb\w+)\[1"
 )
 TRAIN_TESTS = r"test_grouped_lora::test_train|test_cuda_graphs::test_training"
 ROUTER_TESTS = r"test_prompt_router::|test_cuda_graphs::test_prompt_router"

@@ -5,18 +5,21 @@ The end-to-end run is of a model that learns nothing; no test looks at a score.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from text_model import save_tiny_model, write_jsonl
 
 import milora
+from milora.cli import main as milora_command
 from milora.demo.base import build_model
 from milora.demo.evaluate import prompt_of
 
@@ -336,20 +339,40 @@ def test_the_recipe_of_the_papers_tables_runs(table, tmp_path, monkeypatch):
             test=write_jsonl(tmp_path / f"{name}.test", rows[:4]),
         )
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text)
-    common = ["--tasks", "one,two", "--include-path", tmp_path / "tasks"]
-    paper, data = BENCH / "quality/paper", tmp_path / "data"
-    run_script(paper / "prepare.py", "--data", data, *common)
+    paper, common = paper_scripts(monkeypatch), ["--tasks", "one,two", "--include-path"]
+    common.append(str(tmp_path / "tasks"))
+    data, out = tmp_path / "data", tmp_path / "out"
+    assert paper.prepare.main(["--data", str(data), *common]) == 0
     first = json.loads((data / "one.train.jsonl").read_text().splitlines()[0])
     assert first["prompt"].startswith("one ") and first["completion"] in (" yes", " no")
 
-    out = tmp_path / "out"
-    command = [paper / "run.py", "--table", table, "--model", model, "--data", data]
-    command += ["--output", out, "--seeds", "0", "--methods", "LoRA", "MiLoRA", *common]
+    command = ["--table", str(table), "--model", model, "--data", str(data), "--output", str(out)]
+    command += ["--seeds", "0", "--methods", "LoRA", "MiLoRA", *common]
     command += ["--train", "--max-steps 2 --batch-size 2 --no-plot --dtype float32"]
-    run_script(*command)
+    assert paper.run.main(command) == 0
     scores = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {(s["method"], s["task"]) for s in scores} == {
         (m, t) for m in ("LoRA", "MiLoRA") for t in ("one", "two")
     }
     assert "| MiLoRA |" in (out / f"table{table}.md").read_text()
-    assert "milora train" not in run_script(*command)  # all is there already
+    paper.run.milora = None  # all is there already: no command may run
+    assert paper.run.main(command) == 0
+
+
+def paper_scripts(monkeypatch) -> SimpleNamespace:
+    """prepare.py and run.py; `milora` commands run in this process, which spares imports."""
+    monkeypatch.syspath_prepend(str(BENCH / "quality/paper"))
+    found = SimpleNamespace()
+    for name in ("prepare", "run"):
+        path = BENCH / f"quality/paper/{name}.py"
+        spec = importlib.util.spec_from_file_location(f"quality_paper_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        setattr(found, name, module)
+
+    def command(words: list[str]) -> None:
+        assert milora_command(words) == 0
+
+    found.run.milora = command
+    return found

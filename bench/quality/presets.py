@@ -1,4 +1,4 @@
-"""How large an experiment is. `cpu-small` takes about 40 minutes on two cores, all stages."""
+"""How large an experiment is. `cpu-small` takes about 35 minutes on two free cores, all stages."""
 
 from __future__ import annotations
 

@@ -145,8 +145,9 @@ def multi_task(measured: Measured, picture: Path) -> str:
     return (
         f"\n### All tasks together, {seeds} seeds\n\n{table(head, rows)}\n"
         "Activated: what one prompt (MOELoRA: one token) uses; AdaLoRA: what is left after "
-        "pruning. MiLoRA and MiDoRA take a second, bi-level step after each step. Seconds are those "
-        "of training and scoring on a machine that others may have used: no speed comparison.\n\n"
+        "pruning. MiLoRA and MiDoRA take a second, bi-level step after each step. Seconds are "
+        "those of training and scoring on a machine that others may have used too: they compare "
+        "no speeds.\n\n"
         f"![methods](plots/{picture.name})\n"
     )
 

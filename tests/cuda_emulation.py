@@ -1,69 +1,128 @@
-"""Building the CUDA emulator's libraries and calling them: kernels of csrc/ run on the CPU."""
+"""Builds the drivers of tests/cuda_emulator and calls them: csrc's CUDA kernels, run on the CPU.
+
+The kernels' own source, thread by thread: this shows that indices, fragments, barriers and copies
+are right on a machine without a GPU. What it cannot see: the compiler, and time.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
+import time
+from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_as_good_as_torch
+
+from milora import reference
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SOURCES = TESTS / "cuda_emulator"
+BUILD = ROOT / "build" / "cuda_emulator"
+# Where the same sum stands twice, its bits must not depend on what is contracted around it.
+FLAGS = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-MMD"]
+# A fiber's jump looks like a jump into a finished function.
+FLAGS += ["-U_FORTIFY_SOURCE", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def build(name: str, folder: Path) -> ctypes.CDLL:
-    """Compile tests/cuda_emulator/<name>.cpp; skips where g++ or x86 is missing."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None or os.uname().machine != "x86_64":
-        pytest.skip("the emulator needs a C++ compiler on x86-64")
-    library = folder / f"lib{name}.so"
-    command = [
-        *(compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-mf16c", "-mfma"),
-        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        *(f"-I{SOURCES}", f"-I{ROOT / 'csrc'}", SOURCES / f"{name}.cpp", "-o", library),
-    ]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+def is_current(target: Path) -> bool:
+    """Whether it was built after the last change of what it is made of, as the compiler listed."""
+    listed = target.with_suffix(".d")
+    if not target.exists() or not listed.exists():
+        return False
+    names = listed.read_text().replace("\\\n", " ").split()[1:]
+    made_of = [Path(__file__), *map(Path, names)]
+    return all(p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in made_of)
 
 
-class PoolArguments(ctypes.Structure):
-    """tests/cuda_emulator/pool_arguments.h, from the arguments of grouped_lora_ by name."""
+def library(name: str, params: type[ctypes.Structure]) -> ctypes.CDLL:
+    """tests/cuda_emulator/<name>.cpp as a library, whose params_bytes() is the size of `params`."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target = BUILD / f"{name}.so"
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_current(target):
+            # The emulator's folder first: its headers take the place of CUDA's and of csrc's.
+            folders = [f"-I{SOURCES}", f"-I{ROOT / 'csrc'}"]
+            command = [compiler, *FLAGS, *folders, SOURCES / f"{name}.cpp", "-o", target]
+            began = time.time()
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+            os.utime(target, (began, began))  # a change during the build counts as one after it
+    built = ctypes.CDLL(str(target))
+    built.params_bytes.restype = c_int64
+    assert built.params_bytes() == ctypes.sizeof(params), f"{params.__name__} is not what C++ has"
+    return built
 
+
+def address(tensor: torch.Tensor | None) -> c_void_p | None:
+    return None if tensor is None else c_void_p(tensor.data_ptr())
+
+
+class PoolParams(ctypes.Structure):
+    """GroupedLoraPoolParams, from the arguments of grouped_lora_ by name."""
+
+    MAX_SLICES = 16
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            *("sizes", "y", "y_stride", "d_out", "experts", "x", "pool", "offsets", "ranks"),
-            *("scales", "gates", "route_of", "adapter_of", "rank_gates"),
-        )
+        ("y", c_void_p * MAX_SLICES),
+        ("y_stride", c_int64 * MAX_SLICES),
+        ("d_out", c_int64 * MAX_SLICES),
+        ("expert", c_int32 * MAX_SLICES),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("pool", c_void_p),
+        ("pool_bytes", c_int64),
+        *((name, c_void_p) for name in ("offsets", "ranks", "scales", "gates")),
+        *((name, c_void_p) for name in ("route_of", "adapter_of")),
+        *((f"num_{name}", c_int64) for name in ("tokens", "routes", "experts", "adapters")),
+        ("num_slices", c_int64),
+        ("d_in", c_int64),
+        ("dtype", c_int32),
+        ("rank_gates", c_void_p),
+        ("max_rank", c_int64),
     ]
 
     def __init__(self, inputs: dict) -> None:
-        x, y, gates = inputs["x"], inputs["y"], inputs["gates"]
-        sizes = (len(x), *gates.shape, inputs["ranks"].shape[0], len(y), x.shape[1], x.stride(0))
-        rank_gates = inputs.get("rank_gates")
-        sizes += (inputs["pool"].numel(), DTYPE_CODES[x.dtype])
-        sizes += (0 if rank_gates is None else rank_gates.shape[2],)
-        lists = {
-            "sizes": sizes,
-            "y": [t.data_ptr() for t in y],
-            "y_stride": [t.stride(0) for t in y],
-            "d_out": [t.shape[1] for t in y],
-            "experts": inputs["experts"],
-        }
-        self.kept = {name: (ctypes.c_int64 * len(v))(*v) for name, v in lists.items()}
-        pointers = {name: ctypes.addressof(array) for name, array in self.kept.items()}
-        for name, _ in self._fields_:
-            if name not in lists and inputs.get(name) is not None:
-                pointers[name] = inputs[name].data_ptr()
-        super().__init__(**pointers)
+        x = inputs["x"]
+        names = ("x", "pool", "offsets", "ranks", "scales", "gates", "route_of", "adapter_of")
+        super().__init__(
+            **{name: inputs[name].data_ptr() for name in names},
+            x_stride=x.stride(0),
+            pool_bytes=inputs["pool"].numel(),
+            num_tokens=x.shape[0],
+            num_routes=inputs["gates"].shape[0],
+            num_experts=inputs["ranks"].shape[1],
+            num_adapters=inputs["ranks"].shape[0],
+            num_slices=len(inputs["y"]),
+            d_in=x.shape[1],
+            dtype=DTYPE_CODES[x.dtype],
+        )
+        if (rank_gates := inputs.get("rank_gates")) is not None:
+            self.rank_gates, self.max_rank = rank_gates.data_ptr(), rank_gates.shape[2]
+        for s, y in enumerate(inputs["y"]):
+            self.y[s], self.y_stride[s], self.d_out[s] = y.data_ptr(), y.stride(0), y.shape[1]
+            self.expert[s] = inputs["experts"][s]
 
 
-def address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def assert_as_reference(actual: list[torch.Tensor], inputs: dict) -> None:
+    """y after grouped_lora_'s kernels against that of the reference, from the same inputs."""
+    dtype = inputs["x"].dtype
+    expected = [t.double() for t in inputs["y"]]
+    reference.grouped_lora_(
+        **{**inputs, "y": expected, "x": inputs["x"].double()}, pool_dtype=dtype
+    )
+    same_dtype = [t.clone() for t in inputs["y"]]
+    reference.grouped_lora_(**{**inputs, "y": same_dtype})
+    for s, got in enumerate(actual):
+        assert_as_good_as_torch(got, expected[s], same_dtype[s], f"y[{s}]")

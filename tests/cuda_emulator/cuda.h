@@ -1,10 +1,10 @@
-// A tensor map for the emulator: what cuTensorMapEncodeTiled is told about a matrix.
+// A tensor map: what cuTensorMapEncodeTiled is told about a matrix of 16-bit elements.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 struct CUtensorMap {
   const uint8_t* data;
-  int64_t rows, columns, row_bytes;  // of 16-bit elements
-  int box_rows;                      // by 64 columns
+  int64_t rows, columns, row_bytes;
+  int box_rows;  // by 64 columns
 };

@@ -1,23 +1,20 @@
 // __nv_bfloat16 with bit-exact rounding to nearest, ties to even.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+
+#include <bit>
 
 struct __nv_bfloat16 {
   uint16_t bits;
 };
 
 inline float __bfloat162float(__nv_bfloat16 a) {
-  const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return std::bit_cast<float>(static_cast<uint32_t>(a.bits) << 16);
 }
-
 inline __nv_bfloat16 __float2bfloat16_rn(float a) {
-  uint32_t bits;
-  std::memcpy(&bits, &a, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+  if (a != a) return {0x7fff};
+  const auto bits = std::bit_cast<uint32_t>(a);
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }

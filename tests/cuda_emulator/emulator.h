@@ -1,170 +1,156 @@
-// Runs CUDA kernels on a CPU, thread by thread: every thread of a block is a fiber, which runs
-// until it meets a barrier (__syncthreads) or an exchange of its warp (shuffles, ldmatrix, mma),
-// where it lets the others go on.
+// Runs CUDA kernels on a CPU. Each thread of a cluster of blocks is a fiber: it runs until it must
+// wait (for a barrier, its warp, a copy), and goes on in its turn once that has come.
 //
-// What it can find: wrong indices (build with -fsanitize=address to see those outside of memory),
-// wrong fragments, missing barriers and waits. For that it starts blocks and threads in ascending
-// or descending order, fills shared memory with NaN first, and an asynchronous copy poisons its
-// target until it is waited for, when it is done. What it cannot: anything about time, and what the
-// hardware does differently from the manual as read here.
+// What it can find: wrong indices (a vector load or a copy from outside of the tensors ends the
+// process), wrong fragments, missing barriers and waits, deadlocks. For that, a warp runs as far
+// ahead of the others as it can, and a block of the others of its cluster; memory begins as NaN,
+// and what is asynchronous happens as late as it may. What it cannot: anything about time or the
+// compiler, and what the hardware does differently from the PTX manual as read here.
 #pragma once
 
-#include <ucontext.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <string.h>
 
-#include <array>
-#include <cstdio>
-#include <cstdlib>
-#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
-#include "cuda_runtime.h"
+#include "asynchronous.h"
 
 namespace milora::emulator {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = 128 * 1024;
 
-struct Copy {
-  uint8_t* target;
-  const uint8_t* source;
-  int bytes;
-};
+// Threads that wait for each other: a phase ends when all of `size` have come. One that has
+// returned never comes.
+struct Barrier {
+  int size = 0, count = 0;
+  uint64_t phase = 0;
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
-  uint64_t block_meetings = 0, warp_meetings = 0;
-  std::vector<Copy> open;                // copies of the group under construction
-  std::deque<std::vector<Copy>> groups;  // committed
+  uint64_t arrive() {
+    const uint64_t mine = phase;
+    if (++count == size) {
+      count = 0;
+      ++phase;
+    }
+    return mine;
+  }
 };
 
 struct Warp {
-  std::array<std::array<uint8_t, 64>, kWarpSize> slots[2];  // of even and odd exchanges
+  Barrier barrier;
+  struct Slot {
+    uint8_t bytes[32];
+  } slots[2][kWarpSize];  // of even and odd phases
 };
 
 struct Block {
-  std::vector<Fiber> fibers;
+  dim3 index;
+  int running = 0;  // threads that have not returned
+  Barrier barrier;
+  Barrier named[16];
   std::vector<Warp> warps;
-  std::vector<uint8_t> shared;
-  int current = 0;
-  ucontext_t scheduler;
-  const std::function<void()>* kernel = nullptr;
-  std::vector<void (*)()> start_hooks;  // run before each block
-  int64_t progress = 0;                 // waits that ended
+  std::vector<uint8_t> memory;
+  uint8_t* shared = nullptr;
+  std::map<const void*, CopyBarrier> copy_barriers;
 };
-inline Block block;
 
-inline int lane() { return block.current % kWarpSize; }
-inline uint8_t* shared_memory() {
-  auto at = reinterpret_cast<uintptr_t>(block.shared.data());
-  return reinterpret_cast<uint8_t*>((at + 1023) / 1024 * 1024);
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  jmp_buf state;
+  int block = 0;  // of the cluster
+  unsigned thread = 0;
+  bool started = false, done = false;
+  bool (*ready)(const void*) = nullptr;  // whether what it waits for has come
+  const void* condition = nullptr;
+  std::optional<uint64_t> cluster_phase;  // arrived in, and not yet waited for
+  WorkGroups copies, products;            // cp.async, wgmma
+};
+
+struct Range {
+  const void* begin;
+  int64_t bytes;
+};
+
+// Which block, warp and lane goes first. Any other number is the seed of shuffled turns.
+enum Order { kAscending = 0, kDescending = 1 };
+
+struct Machine {
+  int order = kAscending;
+  std::vector<Range> readable;  // memory that vector loads and copies may touch
+  const std::function<void()>* kernel = nullptr;
+  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Fiber> fibers;
+  Barrier cluster;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+};
+inline Machine machine;
+
+inline Fiber& own_fiber() { return *machine.current; }
+inline Block& own_block() { return machine.blocks[own_fiber().block]; }
+inline Warp& own_warp() { return own_block().warps[threadIdx.x / kWarpSize]; }
+inline int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
+
+// ---- waiting ----
+
+// Not swapcontext, which asks the kernel for the signal mask each time. Not inlined, since the
+// caller's variables must be in memory or saved registers when it is left.
+[[gnu::noinline]] inline void leave_fiber() {
+  if (_setjmp(own_fiber().state) == 0) _longjmp(machine.scheduler, 1);
 }
 
-inline void let_others_go_on() {
-  Fiber& fiber = block.fibers[block.current];
-  swapcontext(&fiber.context, &block.scheduler);
-}
-
+// The scheduler asks ready() itself, so that a thread is only gone on with when it can.
 template <class Ready>
 void wait_until(const Ready& ready) {
-  while (!ready()) let_others_go_on();
-  ++block.progress;
+  if (ready()) return;
+  own_fiber().condition = &ready;
+  own_fiber().ready = [](const void* condition) {
+    return (*static_cast<const Ready*>(condition))();
+  };
+  leave_fiber();
 }
 
-[[noreturn]] inline void die(const char* what) {
-  std::fprintf(stderr, "cuda_emulator: %s (block %u, thread %d)\n", what, blockIdx.x,
-               block.current);
-  std::abort();
+inline void wait_for(const Barrier& barrier, uint64_t phase) {
+  wait_until([&] { return barrier.phase != phase; });
 }
+inline void meet(Barrier& barrier) { wait_for(barrier, barrier.arrive()); }
 
-// All threads of the block that have not returned.
-inline void meet_block() {
-  const uint64_t mine = ++block.fibers[block.current].block_meetings;
-  wait_until([&] {
-    for (const Fiber& fiber : block.fibers) {
-      if (fiber.block_meetings < mine) {
-        if (fiber.done) die("a thread returned before a barrier that others wait at");
-        return false;
-      }
-    }
-    return true;
-  });
-}
-
-// Every lane gives a value and sees those of all lanes.
+// What all lanes of a warp gave, by lane, until this lane meets them again: the slots are written
+// anew in the phase after that.
 template <class V>
-std::array<V, kWarpSize> exchange(const V& value) {
-  static_assert(sizeof(V) <= 64);
-  const int first = block.current / kWarpSize * kWarpSize;
-  const uint64_t mine = ++block.fibers[block.current].warp_meetings;
-  // A lane can be at most one exchange ahead of another, so two sets of slots do.
-  auto& slots = block.warps[block.current / kWarpSize].slots[mine % 2];
-  std::memcpy(slots[lane()].data(), &value, sizeof(V));
-  wait_until([&] {
-    for (int i = 0; i < kWarpSize; ++i) {
-      const Fiber& fiber = block.fibers[first + i];
-      if (fiber.warp_meetings < mine) {
-        if (fiber.done) die("a thread returned before an exchange that its warp waits at");
-        return false;
-      }
-    }
-    return true;
-  });
-  std::array<V, kWarpSize> values;
-  for (int i = 0; i < kWarpSize; ++i) std::memcpy(&values[i], slots[i].data(), sizeof(V));
-  return values;
+struct Lanes {
+  const Warp::Slot* slots;
+  V operator[](int lane) const {
+    V value;
+    memcpy(&value, slots[lane].bytes, sizeof(V));
+    return value;
+  }
+};
+
+template <class V>
+Lanes<V> exchange(const V& value) {
+  static_assert(sizeof(V) <= sizeof(Warp::Slot));
+  Warp& warp = own_warp();
+  Warp::Slot* slots = warp.slots[warp.barrier.phase % 2];
+  memcpy(slots[lane()].bytes, &value, sizeof(V));
+  meet(warp.barrier);
+  return {slots};
 }
 
-inline void run_fiber() {
-  (*block.kernel)();
-  block.fibers[block.current].done = true;
-  let_others_go_on();
-}
+// ---- memory ----
 
-inline void run_block(int threads, int64_t shared_bytes, bool descending,
-                      const std::function<void()>& kernel) {
-  block.kernel = &kernel;
-  block.fibers = std::vector<Fiber>(threads);
-  block.warps = std::vector<Warp>(threads / kWarpSize);
-  block.shared.assign(shared_bytes + 1024, 0xff);
-  for (const auto hook : block.start_hooks) hook();
-  for (Fiber& fiber : block.fibers) {
-    fiber.stack.reset(new char[kStackBytes]);  // not cleared: most of it is never touched
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+inline void check_readable(const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) die("a read that is not on 16 bytes");
+  const auto* begin = static_cast<const char*>(from);
+  for (const Range& range : machine.readable) {
+    const auto* first = static_cast<const char*>(range.begin);
+    if (first <= begin && begin + bytes <= first + range.bytes) return;
   }
-  for (int left = threads; left > 0;) {
-    left = 0;
-    const int64_t progress = block.progress;
-    bool ended = false;
-    for (int i = 0; i < threads; ++i) {
-      block.current = descending ? threads - 1 - i : i;
-      Fiber& fiber = block.fibers[block.current];
-      if (fiber.done) continue;
-      threadIdx.x = static_cast<unsigned>(block.current);
-      swapcontext(&block.scheduler, &fiber.context);
-      left += !fiber.done;
-      ended = ended || fiber.done;
-    }
-    if (!ended && progress == block.progress) die("all threads wait");
-  }
-}
-
-// kernel() is called once for every thread of every block.
-inline void launch(unsigned blocks, int threads, int64_t shared_bytes, bool descending,
-                   const std::function<void()>& kernel) {
-  gridDim = {blocks, 1, 1};
-  blockDim = {static_cast<unsigned>(threads), 1, 1};
-  for (unsigned i = 0; i < blocks; ++i) {
-    blockIdx = {descending ? blocks - 1 - i : i, 0, 0};
-    run_block(threads, shared_bytes, descending, kernel);
-  }
+  if (bytes > 0) die("a read outside of the tensors");
 }
 
 }  // namespace milora::emulator

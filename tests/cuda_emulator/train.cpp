@@ -1,7 +1,5 @@
-// grouped_lora's backward on the emulator, for tests/test_cuda_emulation.py (ctypes).
-#define MILORA_EMULATE
-#include "cuda_runtime.h"
-// above: the words that the kernels are written in
+// grouped_lora's backward on the emulator, for tests/test_emulated_train.py (ctypes).
+#include "driver.h"
 #include "kernels/grouped_lora/sm80/expand.cuh"
 #include "kernels/grouped_lora/sm80/plan.cuh"
 #include "kernels/grouped_lora/sm80/shrink.cuh"
@@ -14,63 +12,52 @@ namespace {
 
 using namespace train;
 
+constexpr unsigned kBlocks = 2;
+
 template <class T>
-void shrink(const GroupedLoraPoolParams& p, const prefill::Workspace& work, bool descending) {
-  emulator::launch(1, prefill::kPlanThreads, 0, descending,
-                   [&] { prefill::plan_kernel<T, false>(p, work); });
-  emulator::launch(2, prefill::kThreads, prefill::kShrinkBytes, descending,
+void shrink(const GroupedLoraPoolParams& p, const prefill::Workspace& work) {
+  emulator::launch(1, prefill::kPlanThreads, 0, [&] { prefill::plan_kernel<T, false>(p, work); });
+  emulator::launch(kBlocks, prefill::kThreads, prefill::kShrinkBytes,
                    [&] { prefill::shrink_kernel<T>(p, work); });
 }
 
 template <class T, bool kForB>
 void reduce(const GroupedLoraBackwardParams& p, const BackwardMemory& memory,
-            const GradTable& table, bool descending) {
+            const GradTable& table) {
   constexpr int64_t kItems = prefill::kRowItems<T>;
   const int64_t width = kForB ? p.d_out : p.d_in;
-  for (int adapter = 0; adapter < table.count; ++adapter) {
-    for (int rank = 0; rank < table.ranks[adapter]; rank += kItems) {
-      emulator::launch(static_cast<unsigned>(ceil_div(width, kItems)), prefill::kThreads,
-                       kReduceBytes, descending, [&] {
-                         blockIdx.y = static_cast<unsigned>(adapter);
-                         blockIdx.z = static_cast<unsigned>(rank / kItems);
-                         reduce_kernel<T, kForB>(
-                             table, memory.forward,
-                             kForB ? memory.coefs.hidden : memory.coefs.grad_hidden,
-                             kForB ? p.dy : p.x, kForB ? p.dy_stride : p.x_stride, width);
-                       });
-    }
-  }
+  const int max_rank = *std::max_element(table.ranks, table.ranks + table.count);
+  const dim3 grid(static_cast<unsigned>(ceil_div(width, kItems)),
+                  static_cast<unsigned>(table.count),
+                  static_cast<unsigned>(ceil_div(max_rank, kItems)));
+  emulator::launch(grid, prefill::kThreads, kReduceBytes, [&] {
+    reduce_kernel<T, kForB>(table, memory.forward,
+                            kForB ? memory.coefs.hidden : memory.coefs.grad_hidden,
+                            kForB ? p.dy : p.x, kForB ? p.dy_stride : p.x_stride, width);
+  });
 }
 
 template <class T>
-void run(const GroupedLoraBackwardParams& p, bool descending) {
-  BackwardMemory memory;
-  std::vector<uint8_t> bytes(lay_out(p, nullptr, &memory) + 256, 0xff);  // NaN
-  auto base = reinterpret_cast<uintptr_t>(bytes.data());
-  lay_out(p, reinterpret_cast<void*>((base + 255) / 256 * 256), &memory);
+void backward(const GroupedLoraBackwardParams& p, const BackwardMemory& memory) {
   const GroupedLoraPoolParams forward = pool_params(p, memory.pool);
   const GroupedLoraPoolParams reverse = reverse_params(p, memory.pool);
   int64_t pool_at = 0;
   const PackTable table =
       make_pack_table(p.adapters, p.num_adapters, 0, p.d_in, p.d_out, p.dtype, &pool_at);
-  for (int adapter = 0; adapter < table.count; ++adapter) {
-    emulator::launch(2, kPackThreads, 0, descending, [&] {
-      blockIdx.y = static_cast<unsigned>(adapter);
-      pack_kernel<T>(table, memory.pool, p.d_in, p.d_out);
-    });
-  }
-  shrink<T>(reverse, memory.reverse, descending);
+  emulator::launch({kBlocks, static_cast<unsigned>(table.count)}, kPackThreads, 0,
+                   [&] { pack_kernel<T>(table, memory.pool, p.d_in, p.d_out); });
+  shrink<T>(reverse, memory.reverse);
   const auto units = static_cast<int>(ceil_div(p.d_in, prefill::kUnitColumns));
-  emulator::launch(2, prefill::kThreads, prefill::expand_bytes(sizeof(T)), descending,
+  emulator::launch(kBlocks, prefill::kThreads, prefill::expand_bytes(sizeof(T)),
                    [&] { prefill::expand_kernel<T>(reverse, memory.reverse, units); });
-  shrink<T>(forward, memory.forward, descending);
-  emulator::launch(2, kFinishThreads, 0, descending, [&] {
+  shrink<T>(forward, memory.forward);
+  emulator::launch(kBlocks, kFinishThreads, 0, [&] {
     finish_kernel<T>(forward, p.d_out, memory.forward, memory.reverse.partials, memory.coefs);
   });
   const GradTable grads = make_grad_table(p.adapters, p.grads, p.num_adapters, 0);
-  reduce<T, false>(p, memory, grads, descending);
-  reduce<T, true>(p, memory, grads, descending);
-  emulator::launch(static_cast<unsigned>(p.num_routes), kWarp, 0, descending, [&] {
+  reduce<T, false>(p, memory, grads);
+  reduce<T, true>(p, memory, grads);
+  emulator::launch(static_cast<unsigned>(p.num_routes), kWarp, 0, [&] {
     gate_kernel(memory.coefs.row_dots, p.gates, p.route_of, p.adapter_of, p.num_tokens,
                 p.num_adapters, p.dgates);
   });
@@ -79,43 +66,19 @@ void run(const GroupedLoraBackwardParams& p, bool descending) {
 }  // namespace
 }  // namespace milora
 
-// One adapter per entry of `ranks`, at most 64. Outputs start as zeros.
-extern "C" void emulate_backward(const int64_t* sizes, const void* dy, const void* x,
-                                 void* const* a, void* const* b, const int64_t* ranks,
-                                 const float* scales, const float* gates, const int32_t* route_of,
-                                 const int32_t* adapter_of, void* dx, void* const* da,
-                                 void* const* db, float* dgates, int descending) {
+MILORA_EXPORT int64_t params_bytes() { return sizeof(milora::GroupedLoraBackwardParams); }
+
+// Of at most kTableSize adapters. Outputs start as zeros.
+MILORA_EXPORT void train_backward(const milora::GroupedLoraBackwardParams* params, int order) {
   using namespace milora;
-  GroupedLoraBackwardParams p{};
-  p.num_tokens = sizes[0];
-  p.num_routes = sizes[1];
-  p.num_adapters = sizes[2];
-  p.d_in = sizes[3];
-  p.d_out = sizes[4];
-  p.x_stride = sizes[5];
-  p.dy_stride = sizes[6];
-  p.dtype = static_cast<Dtype>(sizes[7]);
-  std::vector<LoraWeights> weights;
-  std::vector<LoraGrads> grads;
-  for (int64_t i = 0; i < p.num_adapters; ++i) {
-    weights.push_back({a[i], b[i], static_cast<int32_t>(ranks[i]), scales[i]});
-    grads.push_back({da[i], db[i]});
-  }
-  p.dy = dy;
-  p.x = x;
-  p.adapters = weights.data();
-  p.gates = gates;
-  p.route_of = route_of;
-  p.adapter_of = adapter_of;
-  p.dx = dx;
-  p.grads = grads.data();
-  p.dgates = dgates;
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return run<float>(p, descending != 0);
-    case Dtype::kBFloat16:
-      return run<__nv_bfloat16>(p, descending != 0);
-    case Dtype::kFloat16:
-      return run<__half>(p, descending != 0);
-  }
+  const GroupedLoraBackwardParams& p = *params;
+  BackwardMemory parts;
+  emulator::Memory memory(lay_out(p, nullptr, &parts));
+  lay_out(p, memory.data(), &parts);
+  emulator::start(order,
+                  {memory.range(), emulator::rows(p.x, p.num_tokens, p.x_stride, p.d_in, p.dtype),
+                   emulator::rows(p.dy, p.num_tokens, p.dy_stride, p.d_out, p.dtype),
+                   emulator::rows(p.dx, p.num_tokens, p.d_in, p.d_in, p.dtype)});
+  dispatch_device_type(
+      p.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(p, parts); });
 }

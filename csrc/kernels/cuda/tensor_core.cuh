@@ -1,15 +1,11 @@
 // The instructions that matrix kernels are made of, one function each: asynchronous 16-byte copies,
 // ldmatrix, mma. sm_80 and newer.
 //
-// tests/cuda_emulator defines the same functions in plain C++ (MILORA_EMULATE), so that kernels
-// written with them also run, thread by thread, on a CPU.
+// tests/cuda_emulator holds a file of this name with the same functions in plain C++, so that
+// kernels written with them also run, thread by thread, on a CPU.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
-
-#ifdef MILORA_EMULATE
-#include "emulated_tensor_core.h"
-#else
 
 namespace milora {
 
@@ -86,5 +82,3 @@ __device__ __forceinline__ void multiply_16x8x16<__half>(float (&c)[4], const ui
 }
 
 }  // namespace milora
-
-#endif  // MILORA_EMULATE

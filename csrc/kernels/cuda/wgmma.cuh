@@ -2,19 +2,13 @@
 // several arrivals, tensor copies, wgmma. Also emulated (see kernels/cuda/tensor_core.cuh).
 #pragma once
 
-#include <cstdint>
-
-#include "kernels/cuda/device.cuh"
-
-#ifdef MILORA_EMULATE
-#include "emulated_wgmma.h"
-#else
-
 #include <cuda.h>
 
+#include <cstdint>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/sm90.cuh"
 
 namespace milora {
@@ -113,22 +107,6 @@ __device__ __forceinline__ void wgmma_64x256x16(float (&sums)[128], uint64_t a, 
       MMA_64x256x16_F32BF16BF16_SS<Major::K, kMajor>::fma(a, b, sums[i]..., scale);
     }
   }(std::make_index_sequence<128>{});
-}
-
-}  // namespace milora
-
-#endif  // MILORA_EMULATE
-
-namespace milora {
-
-// A wgmma operand of 16-bit elements in rows of 128 bytes under the 128-byte swizzle (piece ^ row %
-// 8 of eight 16-byte pieces, rows counted from 1024 bytes). In bytes: `group` from eight rows to
-// the next eight; `across`, for operands whose rows run along M or N, from 64 of these to the
-// next 64.
-__device__ __forceinline__ uint64_t operand(const void* at, uint32_t group, uint32_t across) {
-  return static_cast<uint64_t>((shared_address(at) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(group >> 4) << 32 |
-         static_cast<uint64_t>(1) << 62;
 }
 
 }  // namespace milora

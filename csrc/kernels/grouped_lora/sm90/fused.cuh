@@ -183,6 +183,16 @@ struct Half {
   int64_t column;  // + 8 j, and the next
 };
 
+// A wgmma operand of 16-bit elements in rows of 128 bytes under the 128-byte swizzle (piece ^ row %
+// 8 of eight 16-byte pieces, rows counted from 1024 bytes). In bytes: `group` from eight rows to
+// the next eight; `across`, for operands whose rows run along M or N, from 64 of these to the
+// next 64.
+__device__ __forceinline__ uint64_t operand(const void* at, uint32_t group, uint32_t across) {
+  return static_cast<uint64_t>((shared_address(at) & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(group >> 4) << 32 |
+         static_cast<uint64_t>(1) << 62;
+}
+
 // One stage of kSteps times 16. Leaves its wgmma under way. The count is a constant, since a branch
 // between two wgmma makes the compiler wait for the first.
 template <class T, bool kRank, int kSteps>
@@ -385,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     fused_kernel(const __grid_constant__ FusedLoraParams p, Workspace workspace,
                  const __grid_constant__ CUtensorMap x_map,
                  const __grid_constant__ CUtensorMap w_map) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MILORA_EMULATE)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   uint8_t* stages = shared_memory();
   Ring& ring = *reinterpret_cast<Ring*>(stages + kStages * kStageBytes);
   if (threadIdx.x == 0) {

@@ -169,26 +169,13 @@ struct BlockWork {
 
   template <int R>
   __device__ __forceinline__ void expand(const LoraItem& item) {
-    constexpr int kVec = kVecOf<T>;
-    const LoraShare out = share_out(item);
-    const int32_t tiles = num_tiles(item.rank, out.count);
-    const int vector = own_vector();
-    for (int32_t i = 0; i < tiles;) {
-      LoraTile tile = expand_tile_at(item.rank, out.count, i);
-      const bool valid = vector < tile.num_vectors;
-      const int64_t place = int64_t{out.begin} + tile.first_vector + vector;
-      OldOutputs<T, R> old = load_outputs<T, R>(p, item, place);
-      float y[R][kVec] = {};
-      for (bool last = false; !last; ++i) {
-        tile = expand_tile_at(item.rank, out.count, i);
-        const LoraStage& stage = wait();
-        expand_tile<T, R>(
-            y, tile, valid, [&](int rank) { return stage[rank][vector]; }, shared.hidden);
-        release();
-        last = tile.last;
-      }
-      store_outputs<T, R>(p, item, place, valid, y, old, shared.gates);
-    }
+    const auto multiply_tile = [&](auto& y, const LoraTile& tile, int64_t, bool valid) {
+      const LoraStage& stage = wait();
+      expand_tile<T, R>(
+          y, tile, valid, [&](int rank) { return stage[rank][own_vector()]; }, shared.hidden);
+      release();
+    };
+    expand_share<T, R>(p, item, share_out(item), shared.gates, multiply_tile);
   }
 
   __device__ __forceinline__ void serve(const LoraItem& item) {

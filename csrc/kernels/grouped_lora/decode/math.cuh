@@ -216,6 +216,28 @@ __device__ __forceinline__ void store_outputs(const GroupedLoraPoolParams& p, co
   }
 }
 
+// The block's share `out` of the item's columns: multiply_tile(y, tile, place, valid) adds one tile
+// of Bt to the sums y of the thread's vector number `place` of a row. All threads must call it.
+template <class T, int R, class MultiplyTile>
+__device__ __forceinline__ void expand_share(const GroupedLoraPoolParams& p, const LoraItem& item,
+                                             const LoraShare& out, const float* gates,
+                                             const MultiplyTile& multiply_tile) {
+  const int32_t tiles = num_tiles(item.rank, out.count);
+  for (int32_t i = 0; i < tiles;) {
+    LoraTile tile = expand_tile_at(item.rank, out.count, i);
+    const bool valid = own_vector() < tile.num_vectors;
+    const int64_t place = int64_t{out.begin} + tile.first_vector + own_vector();
+    OldOutputs<T, R> old = load_outputs<T, R>(p, item, place);
+    float y[R][kVecOf<T>] = {};
+    for (bool last = false; !last; ++i) {
+      tile = expand_tile_at(item.rank, out.count, i);
+      multiply_tile(y, tile, place, valid);
+      last = tile.last;
+    }
+    store_outputs<T, R>(p, item, place, valid, y, old, gates);
+  }
+}
+
 // gates[r] of the item's rows, for after the next barrier.
 __device__ __forceinline__ void load_gates(const GroupedLoraPoolParams& p, const LoraItem& item,
                                            float* gates) {

@@ -71,7 +71,6 @@ template <class T, int R>
 __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, const LoraItem& item,
                                              int part, float (*hidden)[kGroupRows], float* gates,
                                              const float* sums) {
-  constexpr int kVec = kVecOf<T>;
   load_gates(p, item, gates);
   for (int i = threadIdx.x; i < item.rank * R; i += kDecodeThreads) {
     const int row = i / item.rank, rank = i % item.rank;
@@ -85,27 +84,14 @@ __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, con
     hidden[rank][row] = sum;
   }
   __syncthreads();
-  const int32_t row_vectors = vectors_of(p.d_out[item.slice], kVec);
-  const LoraShare out = share_of(row_vectors, part);
-  const int32_t tiles = num_tiles(item.rank, out.count);
-  const int vector = own_vector();
-  for (int32_t i = 0; i < tiles;) {
-    LoraTile tile = expand_tile_at(item.rank, out.count, i);
-    const bool valid = vector < tile.num_vectors;
-    const int64_t place = int64_t{out.begin} + tile.first_vector + vector;
-    OldOutputs<T, R> old = load_outputs<T, R>(p, item, place);
-    float y[R][kVec] = {};
-    for (bool last = false; !last; ++i) {
-      tile = expand_tile_at(item.rank, out.count, i);
-      const auto* bt = reinterpret_cast<const uint4*>(p.pool + item.bt) +
-                       int64_t{tile.first_rank} * row_vectors + place;
-      expand_tile<T, R>(
-          y, tile, valid, [&](int rank) { return __ldg(bt + int64_t{rank} * row_vectors); },
-          hidden);
-      last = tile.last;
-    }
-    store_outputs<T, R>(p, item, place, valid, y, old, gates);
-  }
+  const int32_t row_vectors = vectors_of(p.d_out[item.slice], kVecOf<T>);
+  const auto multiply_tile = [&](auto& y, const LoraTile& tile, int64_t place, bool valid) {
+    const auto* bt = reinterpret_cast<const uint4*>(p.pool + item.bt) +
+                     int64_t{tile.first_rank} * row_vectors + place;
+    expand_tile<T, R>(
+        y, tile, valid, [&](int rank) { return __ldg(bt + int64_t{rank} * row_vectors); }, hidden);
+  };
+  expand_share<T, R>(p, item, share_of(row_vectors, part), gates, multiply_tile);
   __syncthreads();  // hidden and gates are free again
 }
 

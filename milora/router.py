@@ -106,7 +106,8 @@ def route(
 
 @lru_cache(maxsize=256)
 def _codes(codes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return torch.tensor(codes, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # kept: a later training step must be able to save it
+        return torch.tensor(codes, dtype=torch.int32, device=device)
 
 
 def _pad_rows(w_r: Tensor, rows: int) -> Tensor:

@@ -11,6 +11,7 @@ import transformers
 from tiny_models import VOCAB, ragged_prompts
 
 import milora
+from milora.router import _codes
 
 NUM_BLOCKS = 3
 LENGTHS = (5, 9, 7)
@@ -484,3 +485,17 @@ def test_a_row_does_not_depend_on_what_fills_the_others(model):
         state = milora.routing_state(out.past_key_values)
         seen.append((torch.stack(out.logits)[:, 1], state.gates[:, 1]))
     assert all(torch.equal(seen[0][0], s[0]) and torch.equal(seen[0][1], s[1]) for s in seen[1:])
+
+
+def test_training_after_inference_mode():
+    """Nothing that inference keeps is an inference tensor, which autograd could not save."""
+    model = make_model(top_k=2, seed=77)
+    _codes.cache_clear()
+    prompts = torch.full((2, 5), 7)
+    with torch.inference_mode():
+        model(input_ids=prompts, use_cache=True)
+    model.train()
+    labels = prompts.clone()
+    labels[:, :3] = -100
+    model(input_ids=prompts, labels=labels).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("w_r"))

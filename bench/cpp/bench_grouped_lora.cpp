@@ -241,8 +241,9 @@ class Backward {
     run_all();
   }
 
-  // The first token's first gradients of x in double.
+  // The first token's first gradients of x in double. The kernel adds to dx.
   void check_result() {
+    std::fill(dx_.begin(), dx_.end(), uint8_t{0});
     run();
     std::vector<double> grad(c_.rank, 0.0);
     for (int64_t r = 0; r < c_.rank; ++r) {

@@ -61,6 +61,11 @@ class Experiment:
             self.encode(mixed(names, "train", count, _ACTIVATION_SEED + seed)),
         )
 
+    def steps_of(self, run: Run) -> int:
+        if run.stage == "long":
+            return self.preset.long_steps
+        return self.preset.steps if run.trained_on == ALL_TASKS else self.preset.single_steps
+
     # ---- a run --------------------------------------------------------------------------------
 
     def execute(self, run: Run) -> list[dict[str, Any]]:
@@ -71,7 +76,7 @@ class Experiment:
         """
         started = time.perf_counter()
         preset = self.preset
-        steps = preset.steps if run.trained_on == ALL_TASKS else preset.single_steps
+        steps = self.steps_of(run)
         model = copy.deepcopy(self.base.model)
         watch, attached = None, Attached(model, 0, 0)
         if run.method != BASE:

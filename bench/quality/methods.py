@@ -20,6 +20,7 @@ from torch import nn
 
 import milora
 from milora.baselines import TokenMixtureConfig, attach_token_mixture
+from milora.router import ROUTER_NAME
 
 BASE = "base"
 MILORA, MIDORA = "MiLoRA", "MiDoRA"
@@ -80,7 +81,9 @@ def attach(
     Args:
         steps: of the training to come; AdaLoRA plans its pruning by it.
         changes: fields of MiLoRAConfig for the ablations of MiLoRA; `alpha_factor` (alpha ÷ rank)
-            for MiLoRA and LoRA; `fixed_rank` for MiLoRA, instead of the budget's.
+            for MiLoRA and LoRA; `fixed_rank` for MiLoRA, instead of the budget's; `trains_router`
+            False for MiLoRA, whose routes then stay what the seed made them; `activated_only` for
+            LoRA, whose budget is then what one prompt uses of the MiLoRA of this budget.
 
     Raises:
         ValueError: an unknown method.
@@ -126,11 +129,17 @@ def _seeded(model: nn.Module, config: peft.PeftConfig, seed: int) -> nn.Module:
 
 
 def _peft_lora(
-    model: nn.Module, dora: bool, rank: int, seed: int, alpha_factor: float = 1
+    model: nn.Module,
+    dora: bool,
+    rank: int,
+    seed: int,
+    alpha_factor: float = 1,
+    activated_only: bool = False,
 ) -> Attached:
     modules = linears(model)
     magnitudes = sum(m.out_features for group in modules.values() for m in group) if dora else 0
-    ranks = fit(model, budget_of(model, rank), magnitudes)
+    budget = activated_by_milora(model, rank) if activated_only else budget_of(model, rank)
+    ranks = fit(model, budget, magnitudes)
     config = peft.LoraConfig(
         r=ranks.rank,
         lora_alpha=alpha_factor * ranks.rank,
@@ -204,8 +213,11 @@ def _milora(
     seed: int,
     alpha_factor: float | None = None,
     fixed_rank: int | None = None,
+    trains_router: bool = True,
     **changes: Any,
 ) -> Attached:
+    if not trains_router:
+        changes = {"bilevel": False, **changes}
     ranks = Ranks(fixed_rank) if fixed_rank else routed_ranks(model, expert, rank)
     factor = {} if alpha_factor is None else {
         "alpha": alpha_factor * ranks.rank, "alpha_pattern": ranks.pattern(alpha_factor),
@@ -218,7 +230,25 @@ def _milora(
         expert=expert,
         seed=seed,
     )
-    return _counted(milora.attach(model, config))
+    attached = _counted(milora.attach(model, config))
+    return attached if trains_router else _without_router(attached)
+
+
+def _without_router(attached: Attached) -> Attached:
+    """Take the routers out of the training and out of the counts."""
+    removed = 0
+    for name, parameter in attached.model.named_parameters():
+        if f".{ROUTER_NAME}." in name:
+            removed += parameter.numel()
+            parameter.requires_grad_(False)
+    return Attached(attached.model, attached.trainable - removed, attached.activated - removed)
+
+
+def activated_by_milora(model: nn.Module, rank: int) -> int:
+    """Parameters that one prompt uses of a MiLoRA at the budget of a LoRA of `rank`."""
+    activated = _milora(model, "lora", rank, seed=0).activated
+    milora.detach(model)
+    return activated
 
 
 def routed_ranks(model: nn.Module, expert: str, rank: int) -> Ranks:

@@ -5,6 +5,8 @@ main       every method at its best learning rate: all tasks together, and singl
 ablations  MiLoRA with one thing changed. What changes the size of its update (gate, alpha) is
            run over the whole grid of learning rates, all else at the default's best
 routing    MiLoRA again, with its routes watched
+controls   what separates MiLoRA from LoRA, undone step by step
+long       the controls again, trained for longer
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from quality.methods import BASE, METHODS, MILORA
 from quality.presets import Preset
 
 ALL_TASKS = "all"
-STAGES = ("grid", "main", "ablations", "routing")
+STAGES = ("grid", "main", "ablations", "routing", "controls", "long")
 DEFAULT = "default"
 # alpha ÷ rank at which a gate of about 1/7 (seven experts, literal eq. 3) gives LoRA's own scale
 LARGE_ALPHA = 7.0
@@ -63,7 +65,7 @@ def settings(preset: Preset) -> dict[str, dict[str, Any]]:
     layers = preset.base.num_layers
     by_depth = ["relu" if layer < layers // 2 else "gelu" for layer in range(layers)]
     found: dict[str, dict[str, Any]] = {}
-    for k in (1, 2, 5, 7):
+    for k in (1, 2, 4, 5, 6, 7):
         found[f"top_k={k}"] = {"top_k": k}
     found["router_norm=rms"] = {"router_norm": "rms"}
     found["bilevel=off"] = {"bilevel": False}
@@ -72,7 +74,7 @@ def settings(preset: Preset) -> dict[str, dict[str, Any]]:
     found["activation=relu then gelu"] = {"activation": by_depth}
     for pooler in ("mean", "max", "last"):
         found[f"pooler={pooler}"] = {"pooler": pooler}
-    for coefficient in (0.0, 0.1, 1.0):
+    for coefficient in (0.0, 1e-3, 0.1, 1.0):
         found[f"balance={coefficient:g}"] = {"balance_coef": coefficient}
     for rank in preset.ranks:
         found[f"rank={rank}"] = {"fixed_rank": rank}
@@ -106,6 +108,30 @@ def ablation_runs(preset: Preset, best: dict[str, float]) -> Iterator[Run]:
 def routing_runs(preset: Preset, best: dict[str, float]) -> Iterator[Run]:
     for seed in range(preset.routing_seeds):
         yield Run("routing", MILORA, ALL_TASKS, DEFAULT, seed, best[MILORA])
+
+
+def controls() -> dict[str, tuple[str, dict[str, Any]]]:
+    """From LoRA to MiLoRA: fewer parameters per prompt, fewer experts, a learned choice, its gate.
+
+    With a hard gate and all experts MiLoRA is a LoRA whose router decides nothing.
+    """
+    hard = {"gate": "hard"}
+    return {
+        "LoRA": ("LoRA", {}),
+        "LoRA, as many as MiLoRA activates": ("LoRA", {"activated_only": True}),
+        "MiLoRA, hard gate, top_k 7": (MILORA, {**hard, "top_k": 7}),
+        "MiLoRA, hard gate, top_k 5": (MILORA, {**hard, "top_k": 5}),
+        "MiLoRA, hard gate": (MILORA, hard),
+        "MiLoRA, hard gate, router untrained": (MILORA, {**hard, "trains_router": False}),
+        "MiLoRA": (MILORA, {}),
+    }
+
+
+def control_runs(stage: str, preset: Preset, best: dict[str, float]) -> Iterator[Run]:
+    """`stage`: "controls" or "long", which differ in the number of steps alone."""
+    for seed in range(preset.main_seeds):
+        for name, (method, changes) in controls().items():
+            yield Run(stage, method, ALL_TASKS, name, seed, best[method], _frozen(changes))
 
 
 def _frozen(changes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

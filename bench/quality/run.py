@@ -102,6 +102,8 @@ def runs_of(stage: str, preset: Preset, records: list[Record]) -> Iterator[Run]:
     if stage == "grid":
         return plan.grid_runs(preset)
     best = best_rates(records)
+    if stage in ("controls", "long"):
+        return plan.control_runs(stage, preset, best)
     make = {"main": plan.main_runs, "ablations": plan.ablation_runs, "routing": plan.routing_runs}
     return make[stage](preset, best)
 

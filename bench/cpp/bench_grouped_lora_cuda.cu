@@ -1,11 +1,12 @@
 // Times the CUDA kernels of grouped_lora_ (decode, prefill) and fused_lora, without Python and
-// torch. One adapter per request; weights rotate over copies that no cache holds. "base" is a copy
-// of as many bytes: adapters, x, and y read and written.
+// torch; prefill beside CUTLASS's grouped GEMM. One adapter per request; weights rotate over copies
+// that no cache holds. "base" is a copy of as many bytes: adapters, x, and y read and written.
 #include <cmath>
 #include <cstdio>
 
 #include "common/check.h"
 #include "cuda_harness.h"
+#include "cutlass_grouped.h"
 #include "kernels/grouped_lora/decode/decode.h"
 #include "kernels/grouped_lora/fused.h"
 #include "kernels/grouped_lora/prefill.h"
@@ -99,8 +100,36 @@ class Problem {
     return grouped_lora_decode_cuda(p, scratch_.of(grouped_lora_decode_workspace(p)), stream);
   }
 
+  // The two products of a prefill with this turn's weights, one group per request and slice.
+  GroupedProducts shrink_products(int turn, const Memory& hidden) const {
+    GroupedProducts p = empty_products(c_.rank, c_.d_in);
+    p.lda = p.ldb = c_.d_in;
+    p.ldd = c_.rank;
+    for (int64_t g = 0; g < groups(); ++g) {
+      p.a.push_back(x_.at(g / c_.slices * c_.tokens * c_.d_in * kSize));
+      p.b.push_back(pool_.at(turn * weights_ + g * expert_));
+      p.d.push_back(hidden.at(g * c_.tokens * c_.rank * kSize));
+    }
+    return p;
+  }
+  GroupedProducts expand_products(int turn, const Memory& hidden) const {
+    GroupedProducts p = empty_products(c_.d_out, c_.rank);
+    p.accumulate = true;
+    p.lda = c_.rank;
+    p.ldb = c_.d_out;
+    p.ldd = c_.slices * c_.d_out;
+    for (int64_t g = 0; g < groups(); ++g) {
+      const int64_t request = g / c_.slices, slice = g % c_.slices;
+      p.a.push_back(hidden.at(g * c_.tokens * c_.rank * kSize));
+      p.b.push_back(pool_.at(turn * weights_ + g * expert_ + c_.rank * c_.d_in * kSize));
+      p.d.push_back(y_.at((request * c_.tokens * c_.slices + slice) * c_.d_out * kSize));
+    }
+    return p;
+  }
+  int64_t hidden_bytes() const { return groups() * c_.tokens * c_.rank * kSize; }
+
   // The first row's first outputs in double.
-  void check_result() {
+  void check_result(const std::string& provider, const Launch& launch) const {
     const int64_t outs = 64;
     const std::vector<float> before = y_.bf16(0, outs), x = x_.bf16(0, c_.d_in);
     const std::vector<float> a = pool_.bf16(0, c_.rank * c_.d_in);
@@ -122,11 +151,21 @@ class Problem {
       }
       for (int64_t r = 0; r < c_.rank; ++r) want += hidden[r] * bt[r * c_.d_out + j];
       check(std::abs(got[j] - want) <= 0.02 * (1 + std::abs(want)), "bench_grouped_lora_cuda",
-            name_of(c_), " gives ", got[j], " where ", want, " is right");
+            name_of(c_), " by ", provider, " gives ", got[j], " where ", want, " is right");
     }
   }
 
  private:
+  int64_t groups() const { return c_.batch * c_.slices; }
+
+  GroupedProducts empty_products(int64_t n, int64_t k) const {
+    GroupedProducts p{};
+    p.m = static_cast<int>(c_.tokens);
+    p.n = static_cast<int>(n);
+    p.k = static_cast<int>(k);
+    return p;
+  }
+
   GroupedLoraPoolParams params(int turn) const {
     GroupedLoraPoolParams p{};
     for (int64_t s = 0; s < c_.slices; ++s) {
@@ -160,6 +199,53 @@ class Problem {
   Scratch scratch_;
 };
 
+// ---- CUTLASS ----------------------------------------------------------------------------------
+
+struct Rival {
+  const char* name;
+  bool hopper;                       // needs compute capability 9.0, else 8.0 and newer
+  MakeGroupedGemm *shrink, *expand;  // null: not compiled
+};
+
+#ifdef MILORA_CUTLASS_SM90
+#define MILORA_SM90_ONLY(function) function
+#else
+#define MILORA_SM90_ONLY(function) nullptr
+#endif
+const Rival kRivals[] = {
+    {"cutlass_sm80", false, cutlass_sm80_shrink, cutlass_sm80_expand},
+    {"cutlass_sm90", true, MILORA_SM90_ONLY(cutlass_sm90_shrink),
+     MILORA_SM90_ONLY(cutlass_sm90_expand)},
+    {"cutlass_sm90_swapped", true, MILORA_SM90_ONLY(cutlass_sm90_swapped_shrink),
+     MILORA_SM90_ONLY(cutlass_sm90_swapped_expand)},
+};
+#undef MILORA_SM90_ONLY
+
+// Both products for each copy of the weights; all share the hidden values, as turns take turns.
+class CutlassPrefill {
+ public:
+  CutlassPrefill(const Rival& rival, const Problem& problem) : hidden_(problem.hidden_bytes()) {
+    check(!rival.hopper || gpu().capability == 90, rival.name, "needs compute capability 9.0, got ",
+          gpu().capability);
+    check(rival.shrink != nullptr, rival.name, "was not built: sm_90a is not in the architectures");
+    for (int turn = 0; turn < problem.copies(); ++turn) {
+      shrink_.push_back(rival.shrink(problem.shrink_products(turn, hidden_)));
+      expand_.push_back(rival.expand(problem.expand_products(turn, hidden_)));
+    }
+  }
+
+  int launch(int turn, cudaStream_t stream) {
+    const int error = shrink_[turn]->run(stream);
+    return error == cudaSuccess ? expand_[turn]->run(stream) : error;
+  }
+
+ private:
+  Memory hidden_;  // bf16, [requests, slices, tokens, rank]
+  std::vector<std::unique_ptr<GroupedGemm>> shrink_, expand_;
+};
+
+// ---- cases ------------------------------------------------------------------------------------
+
 std::vector<Case> cases_of(const Options& options) {
   if (options.quick) {
     return {{Path::kDecode, 4, 1, 1024, 1024, 32},
@@ -181,7 +267,36 @@ std::vector<Case> cases_of(const Options& options) {
   }
   cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, 32, 3});
   cases.push_back({Path::kPrefill, 64, 64, 4096, 4096, 32});
+  cases.push_back({Path::kPrefill, 128, 16, 4096, 4096, 32});
+  cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, 128});
   return cases;
+}
+
+void measure(const Case& c, const Options& options, Report* report) {
+  Problem problem(c, options);
+  const Result result = {kernel_of(c),
+                         name_of(c),
+                         problem.bytes(),
+                         problem.flops(),
+                         {{"rank", c.rank}, {"batch", c.batch}}};
+  std::vector<Provider> providers = {
+      {"milora", [&](int turn, cudaStream_t stream) { return problem.launch(turn, stream); }}};
+  problem.check_result("milora", providers[0].launch);
+  if (c.path == Path::kPrefill) {
+    for (const Rival& rival : kRivals) {
+      try {
+        const auto made = std::make_shared<CutlassPrefill>(rival, problem);
+        const Launch launch = [made](int turn, cudaStream_t stream) {
+          return made->launch(turn, stream);
+        };
+        problem.check_result(rival.name, launch);
+        providers.push_back({rival.name, launch});
+      } catch (const std::exception& error) {  // a rival that cannot run does not end our bench
+        report->absent(result, rival.name, error.what());
+      }
+    }
+  }
+  report->time(result, problem.copies(), providers);
 }
 
 void run(const Options& options) {
@@ -191,15 +306,7 @@ void run(const Options& options) {
       std::printf("%-44s absent: needs compute capability 9.0\n", name_of(c).c_str());
       continue;
     }
-    Problem problem(c, options);
-    problem.check_result();
-    const Result result = {kernel_of(c),
-                           name_of(c),
-                           problem.bytes(),
-                           problem.flops(),
-                           {{"rank", c.rank}, {"batch", c.batch}}};
-    report.time(result, problem.copies(),
-                [&](int turn, cudaStream_t stream) { return problem.launch(turn, stream); });
+    measure(c, options, &report);
   }
 }
 

@@ -241,41 +241,67 @@ Report::Report(const Options& options, const char* bench) : options_(options), b
   check(json_.good(), "--json", "cannot write ", options.json);
 }
 
-void Report::time(const Result& r, int copies, const Launch& launch) {
+void Report::time(const Result& r, int copies, const std::vector<Provider>& providers) {
   const Memory memory(std::min<int64_t>(r.bytes * copies, int64_t{1} << 30));
-  Graph kernel(copies, launch), copy(copies, copy_of(memory, r.bytes));
-  const int repeat = options_.repeat > 0 ? options_.repeat : options_.quick ? 5 : 50;
-  double seconds = 1e30, base = 1e30;
-  for (int i = 0; i < repeat; ++i) {
-    if (i % 2 == 1) base = std::min(base, copy.replay());
-    seconds = std::min(seconds, kernel.replay());
-    if (i % 2 == 0) base = std::min(base, copy.replay());
+  std::vector<std::unique_ptr<Graph>> graphs;
+  graphs.push_back(std::make_unique<Graph>(copies, copy_of(memory, r.bytes)));
+  for (const Provider& provider : providers) {
+    graphs.push_back(std::make_unique<Graph>(copies, provider.launch));
   }
-  const double share = static_cast<double>(r.bytes) / gpu().bytes_per_s / seconds;
-  std::printf("%-44s %10.2f us  %8.2f GB/s %9.2f TFLOP/s  ratio %6.3f to a copy, share %.3f\n",
-              r.name.c_str(), seconds * 1e6, static_cast<double>(r.bytes) / seconds / 1e9,
-              static_cast<double>(r.flops) / seconds / 1e12, seconds / base, share);
-  if (!json_.is_open()) return;
-  write(r, "base", "time", base * 1e6, "us", 1.0, 0.0);
-  write(r, "milora", "time", seconds * 1e6, "us", seconds / base, share);
+  const int repeat = options_.repeat > 0 ? options_.repeat : options_.quick ? 5 : 50;
+  const size_t number = graphs.size();
+  std::vector<double> seconds(number, 1e30);
+  for (int i = 0; i < repeat; ++i) {
+    for (size_t j = 0; j < number; ++j) {  // every second round backwards
+      const size_t one = i % 2 == 0 ? j : number - 1 - j;
+      seconds[one] = std::min(seconds[one], graphs[one]->replay());
+    }
+  }
+  const double base = seconds[0];
+  write_time(r, "base", base, base);
+  for (size_t j = 1; j < number; ++j) {
+    const double share = static_cast<double>(r.bytes) / gpu().bytes_per_s / seconds[j];
+    std::printf(
+        "%-44s %-20s %10.2f us  %8.2f GB/s %9.2f TFLOP/s  ratio %6.3f to a copy, share %.3f\n",
+        r.name.c_str(), providers[j - 1].name.c_str(), seconds[j] * 1e6,
+        static_cast<double>(r.bytes) / seconds[j] / 1e9,
+        static_cast<double>(r.flops) / seconds[j] / 1e12, seconds[j] / base, share);
+    write_time(r, providers[j - 1].name, seconds[j], base);
+  }
 }
 
-// A share of 0 stands for none.
-void Report::write(const Result& r, const char* provider, const char* metric, double value,
-                   const char* unit, double ratio, double share) {
-  const double floor_us = static_cast<double>(r.bytes) / gpu().bytes_per_s * 1e6;
+void Report::absent(const Result& r, const std::string& provider, const std::string& why) {
+  std::printf("%-44s %-20s absent: %s\n", r.name.c_str(), provider.c_str(), why.c_str());
+  if (!json_.is_open()) return;
+  std::string reason = why;
+  std::erase_if(reason, [](char c) { return c == '"' || c == '\\' || c < ' '; });
+  begin_line(r, provider, "absent", 0, "") << ", \"reason\": \"" << reason << "\"}\n" << std::flush;
+}
+
+void Report::write_time(const Result& r, const std::string& provider, double seconds, double base) {
+  if (!json_.is_open()) return;
+  const double floor = static_cast<double>(r.bytes) / gpu().bytes_per_s;
+  std::ofstream& line = begin_line(r, provider, "time", seconds * 1e6, "us");
+  line << ", \"ratio\": " << seconds / base
+       << ", \"ratio_to\": \"base\", \"floor\": " << floor / base
+       << ", \"floor_us\": " << floor * 1e6 << ", \"bytes\": " << r.bytes
+       << ", \"flops\": " << r.flops;
+  if (provider != "base") line << ", \"share\": " << floor / seconds;
+  line << "}\n" << std::flush;
+}
+
+// All of a line that does not depend on the metric; the caller closes it.
+std::ofstream& Report::begin_line(const Result& r, const std::string& provider, const char* metric,
+                                  double value, const char* unit) {
   json_ << "{\"bench\": \"" << bench_ << "\", \"case\": \"" << r.name << "\", \"provider\": \""
         << provider << "\", \"dtype\": \"bfloat16\", \"metric\": \"" << metric
-        << "\", \"value\": " << value << ", \"unit\": \"" << unit << "\", \"ratio\": " << ratio
-        << ", \"ratio_to\": \"base\", \"floor\": " << floor_us / value * ratio
-        << ", \"floor_us\": " << floor_us << ", \"hardware\": \"" << gpu().name
-        << "\", \"capability\": " << gpu().capability << ", \"versions\": {\"cuda\": \""
-        << CUDART_VERSION << "\"}, \"commit\": \"" << commit_ << "\", \"date\": \"" << date_
-        << "\", \"kernel\": \"" << r.kernel << "\", \"bytes\": " << r.bytes
-        << ", \"flops\": " << r.flops << ", \"quick\": " << (options_.quick ? "true" : "false");
-  if (share > 0) json_ << ", \"share\": " << share;
+        << "\", \"value\": " << value << ", \"unit\": \"" << unit << "\", \"hardware\": \""
+        << gpu().name << "\", \"capability\": " << gpu().capability
+        << ", \"versions\": {\"cuda\": \"" << CUDART_VERSION << "\"}, \"commit\": \"" << commit_
+        << "\", \"date\": \"" << date_ << "\", \"kernel\": \"" << r.kernel
+        << "\", \"quick\": " << (options_.quick ? "true" : "false");
   for (const auto& [key, amount] : r.extra) json_ << ", \"" << key << "\": " << amount;
-  json_ << "}\n" << std::flush;
+  return json_;
 }
 
 }  // namespace milora::bench

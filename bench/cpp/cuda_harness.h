@@ -87,6 +87,11 @@ int num_copies(int64_t bytes, const Options& options);
 // One call of a kernel with the weights of this turn; returns a cudaError_t.
 using Launch = std::function<int(int turn, cudaStream_t stream)>;
 
+struct Provider {
+  std::string name;  // "milora", or a rival's
+  Launch launch;
+};
+
 struct Result {
   const char* kernel;  // as bench/gpu_cases.py names it
   std::string name;    // the case
@@ -99,13 +104,20 @@ class Report {
  public:
   Report(const Options& options, const char* bench);
 
-  // Captures launch(0 .. copies - 1) as one graph and takes the fastest of its replays, in turns
-  // with a copy of as many bytes. Runs launch(0) once before.
-  void time(const Result& result, int copies, const Launch& launch);
+  // Captures each provider's launch(0 .. copies - 1) as one graph and takes the fastest of its
+  // replays, all in turns with a copy of as many bytes ("base"). Runs each launch(0) once before.
+  void time(const Result& result, int copies, const std::vector<Provider>& providers);
+  void time(const Result& result, int copies, const Launch& launch) {
+    time(result, copies, std::vector<Provider>{{"milora", launch}});
+  }
+
+  // A line that says why a provider has no time.
+  void absent(const Result& result, const std::string& provider, const std::string& why);
 
  private:
-  void write(const Result& result, const char* provider, const char* metric, double value,
-             const char* unit, double ratio, double share);
+  std::ofstream& begin_line(const Result& result, const std::string& provider, const char* metric,
+                            double value, const char* unit);
+  void write_time(const Result& result, const std::string& provider, double seconds, double base);
 
   const Options& options_;
   const char* bench_;

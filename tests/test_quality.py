@@ -170,6 +170,21 @@ def test_budgets_agree_within_two_percent(method, preset):
     budget = budget_of(base, PRESETS[preset].rank)
     attached = attach(base, method, PRESETS[preset].rank, seed=0, steps=100)
     assert attached.trainable == pytest.approx(budget, rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ["cpu-small", "gpu"])
+def test_controls_have_the_sizes_that_their_names_say(preset):
+    rank, sizes = PRESETS[preset].rank, {}
+    for name, (method, changes) in plan.controls().items():
+        sizes[name] = attach(small_base(preset), method, rank, seed=0, steps=100, **changes)
+    milora_ = sizes["MiLoRA"]
+    same = sizes["LoRA, as many as MiLoRA activates"]
+    assert same.activated == same.trainable == pytest.approx(milora_.activated, rel=0.02)
+    whole = sizes["MiLoRA, hard gate, top_k 7"]
+    assert whole.activated == whole.trainable == milora_.trainable
+    fixed = sizes["MiLoRA, hard gate, router untrained"]
+    assert 0.9 * milora_.trainable < fixed.trainable < milora_.trainable
+    assert not [n for n, p in fixed.model.named_parameters() if "router" in n and p.requires_grad]
     assert 0 < attached.activated <= attached.trainable
 
 
@@ -291,7 +306,8 @@ def test_all_stages_end_to_end_then_nothing_is_repeated_then_a_report(tmp_path, 
 
     assert report.main(["--results", str(lines.parent), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "README.md").read_text()
-    for heading in ("wins, ties and loses", "By task", "Ablations", "What the routers do"):
+    for heading in ("wins, ties and loses", "By task", "Where the difference", "Ablations",
+                    "What the routers do"):  # fmt: skip
         assert heading in text
     for method in METHODS:
         assert f"| {method} |" in text

@@ -48,6 +48,8 @@ def write(preset: str, measured: Measured, out: Path) -> str:
             sections.per_task(measured),
             sections.single_task(measured),
         ]
+    if stages & {"controls", "long"}:
+        parts.append(sections_milora.controls(measured))
     if "grid" in stages:
         parts.append(sections.grid(measured))
     if {"main", "ablations"} <= stages:

@@ -22,7 +22,7 @@ A small Llama is pre-trained on simple forms (copying, adding, sorting upwards, 
 and then adapted to eight tasks that it was not taught. `tasks.py` and `rules.py` make them:
 arithmetic, strings, lists, dates, units, brackets, tables, two-hop questions. All methods get the
 same trainable parameters, the same training examples in the same order, the same number of steps,
-and the same three learning rates, of which the one with the lowest loss on dev values is taken.
+and the same few learning rates, of which the one with the lowest loss on dev values is taken.
 Scores are on values *and* wordings that no training example had ("held out"); "seen wordings" means
 unseen values in training's wordings. Exact match is what greedy decoding would say, end included.
 Numbers are the median over the seeds [lowest, highest]; a seed decides initial values and training

@@ -106,6 +106,7 @@ def defaults(measured: Measured) -> str:
     """Which settings beat the default in every seed, by held-out loss."""
     better, worse = [], []
     reference = default_of(measured, LOSS)
+    seeds = PRESETS[measured.records[0]["preset"]].ablation_seeds
     for setting in plain_settings(measured):
         if not setting.startswith("rank="):
             _sort(setting, measured.ablation(setting, LOSS), reference, better, worse)
@@ -120,8 +121,8 @@ def defaults(measured: Measured) -> str:
         f"- Higher in every seed: {_named(worse)}.",
         "- All other settings are not told apart from the default.",
         "",
-        "Three seeds agree by chance for one in four settings that change nothing (sign test p = "
-        "0.25), so a small difference here is a hint and no result.",
+        f"Of settings that change nothing, one in {2 ** (seeds - 1)} agrees by chance in all "
+        f"{seeds} seeds, so a small difference here is a hint and no result.",
     ]
     return "\n### Which defaults these results support\n\n" + "\n".join(lines) + "\n"
 
@@ -134,6 +135,41 @@ def _sort(name: str, mine: BySeed, reference: BySeed, better: list, worse: list)
 
 def _named(names: list[str]) -> str:
     return ", ".join(names) or "none"
+
+
+# ---- controls ---------------------------------------------------------------------------------
+
+
+def controls(measured: Measured) -> str:
+    """From LoRA to MiLoRA in steps, each compared with the LoRA of the same stage and seeds."""
+    text = (
+        "\n### Where the difference to LoRA comes from\n\nFrom LoRA to MiLoRA in steps, at the "
+        "learning rates of the grid; differences to LoRA are paired by seed. With a hard gate (1 "
+        "instead of the probability) and all seven experts the router decides nothing and MiLoRA "
+        "is a LoRA. An untrained router keeps the choices that its seed made.\n"
+    )
+    sizes = PRESETS[measured.records[0]["preset"]]
+    for stage, steps in (("controls", sizes.steps), ("long", sizes.long_steps)):
+        if rows := _control_rows(measured, stage):
+            head = (f"{steps} steps", "trainable", "activated", "exact match", "difference",
+                    "better in", "loss", "difference", "better in")  # fmt: skip
+            text += f"\n{table(head, rows)}"
+    return text
+
+
+def _control_rows(measured: Measured, stage: str) -> list[list[str]]:
+    rows, reference = [], {m: measured.seeds(stage, "LoRA", m, setting="LoRA")
+                           for m in (EXACT, LOSS)}  # fmt: skip
+    for setting in measured.settings(stage):
+        method = "LoRA" if setting.startswith("LoRA") else MILORA
+        first = next(r for r in measured.records if (r["stage"], r["setting"]) == (stage, setting))
+        cells = [setting, f"{first['trainable']:,}", f"{first['activated']:,}"]
+        for metric in (EXACT, LOSS):
+            mine = measured.seeds(stage, method, metric, setting=setting)
+            found = _cells(mine, reference[metric], metric)
+            cells += [found[0], "", ""] if setting == "LoRA" else found
+        rows.append(cells)
+    return rows
 
 
 # ---- routes -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The CUDA kernels, and whole models with them, beside other engines, PEFT and plain torch.
 
-    g1    the decode op, 64 rows of 64 adapters, and other mixes, batches, ranks and shapes
+    g1    the decode op, 64 rows of 64 adapters; other mixes, batches, shapes, ranks and mixed ranks
     g2    a decode step of a Llama-2-7B shape, 32 tenants in a batch of 32, top_k 3
     g3    a block's linear modules over 4096 prompt tokens of 8 tenants
     g4    the prompt router beside one read of the hidden states

@@ -65,7 +65,7 @@ class DecodeCase:
 
     rows: int = 64
     adapters: int = 64
-    rank: int = 32
+    ranks: tuple[int, ...] = (32,)  # taken in turns by the adapters
     popularity: str = "distinct"
     d_in: int = 4096
     d_out: tuple[int, ...] = (4096,)
@@ -73,18 +73,33 @@ class DecodeCase:
     @property
     def name(self) -> str:
         outs = "+".join(map(str, self.d_out))
-        return f"g1 {self.rows}x{self.adapters} r{self.rank} {self.popularity} {self.d_in}-{outs}"
+        return (
+            f"g1 {self.rows}x{self.adapters} r{self.rank_name} {self.popularity} {self.d_in}-{outs}"
+        )
+
+    @property
+    def rank_name(self) -> str:
+        return "+".join(map(str, self.ranks))
+
+    def ranks_of_adapters(self) -> list[int]:
+        return [self.ranks[adapter % len(self.ranks)] for adapter in range(self.adapters)]
 
 
 def decode_cases(popularities: list[str], *, quick: bool) -> list[DecodeCase]:
     if quick:
-        point = DecodeCase(4, 4, 8, d_in=128, d_out=(128,))
-        return [point, replace(point, popularity="zipf"), replace(point, d_out=(64, 96))]
+        point = DecodeCase(4, 4, (8,), d_in=128, d_out=(128,))
+        return [
+            point,
+            replace(point, popularity="zipf"),
+            replace(point, d_out=(64, 96)),
+            replace(point, d_out=(64, 96), ranks=(8, 16, 32)),
+        ]
     point = DecodeCase()
     return [
         *(replace(point, popularity=mix) for mix in popularities),
         *(replace(point, rows=n, adapters=n) for n in (1, 8, 32, 256)),
-        *(replace(point, rank=rank) for rank in (8, 128)),
+        *(replace(point, ranks=(rank,)) for rank in (8, 128)),
+        replace(point, ranks=(8, 16, 32, 64, 128)),
         replace(point, d_out=(4096, 4096, 4096)),
         replace(point, d_out=(11008, 11008)),
         replace(point, d_in=11008),
@@ -96,15 +111,16 @@ class Kernel:
     """A row of GPU.md.
 
     `title` is what lines call it; `tests` matches the ids of the tests that show it to be correct
-    on a GPU; `sm90` says on which GPUs it runs: True 9.0 alone, False others alone, None all.
+    on a GPU; it runs on GPUs of compute capability `first` to `last` (90 is 9.0).
     """
 
     title: str
     tests: str
-    sm90: bool | None = None
+    first: int = 80
+    last: int = 999
 
     def runs_on(self, capability: int) -> bool:
-        return self.sm90 is None or self.sm90 == (capability // 10 == 9)
+        return self.first <= capability <= self.last
 
 
 DECODE_TESTS = (
@@ -119,10 +135,10 @@ PREFILL_TESTS = (
 TRAIN_TESTS = r"test_grouped_lora::test_train|test_cuda_graphs::test_training"
 ROUTER_TESTS = r"test_prompt_router::|test_cuda_graphs::test_prompt_router"
 KERNELS = {
-    "decode_cluster": Kernel("grouped_lora_, decode: clusters (9.0)", DECODE_TESTS, sm90=True),
-    "decode_split": Kernel("grouped_lora_, decode: two launches", DECODE_TESTS, sm90=False),
+    "decode_cluster": Kernel("grouped_lora_, decode: clusters (9.0 on)", DECODE_TESTS, first=90),
+    "decode_split": Kernel("grouped_lora_, decode: two launches", DECODE_TESTS, last=89),
     "prefill": Kernel("grouped_lora_, prefill", PREFILL_TESTS),
-    "fused_lora": Kernel("fused_lora (9.0)", r"test_fused_lora::|::test_fused_lora", sm90=True),
+    "fused_lora": Kernel("fused_lora (9.0)", r"test_fused_lora::|::test_fused_lora", 90, 90),
     "train_forward": Kernel("grouped_lora, forward", TRAIN_TESTS),
     "train_backward": Kernel("grouped_lora, backward", TRAIN_TESTS),
     "router_forward": Kernel("prompt_router, forward", ROUTER_TESTS),
@@ -135,4 +151,5 @@ KERNELS = {
 
 
 def decode_kernel(capability: int) -> str:
-    return "decode_cluster" if capability // 10 == 9 else "decode_split"
+    """Of decode.cu: what has clusters uses them."""
+    return "decode_cluster" if capability >= 90 else "decode_split"

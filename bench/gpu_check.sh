@@ -13,7 +13,8 @@
 #   memcheck, racecheck, initcheck   compute-sanitizer over the ops' tests against the reference
 #   g1 ... g5, pool   the benches of bench/bench_gpu.py
 #   train      the training op beside PEFT's expression
-#   cpp        the C++ benches, if build/bench-cuda has them (see bench/cpp/cuda.cmake)
+#   cpp        the C++ benches, if build/bench-cuda has them (see bench/cpp/cuda.cmake); prefill
+#              beside CUTLASS's grouped GEMM
 #   report     bench/results/GPU.md from all JSON lines
 # Rivals' kernels: `python bench/peers/fetch.py` on a machine with a network, then copy
 # bench/peers/unpacked/ here. Without them the benches say that they are absent.

@@ -23,14 +23,13 @@ def run(s: Setting, dtype: torch.dtype) -> None:
 
 def measure(s: Setting, case: DecodeCase, dtype: torch.dtype) -> None:
     adapters = popularity(case.popularity, case.rows, case.adapters)
-    problem = Problem.random(
-        case.d_in, case.d_out, adapters, case.adapters, case.rank, dtype, s.args.device
-    )
+    ranks = case.ranks_of_adapters()
+    problem = Problem.random(case.d_in, case.d_out, adapters, ranks, dtype, s.args.device)
     times = compare(s, case.name, NAMES, [problem], dtype, base=False)
     nbytes = problem.active_bytes() + problem.x.nbytes + 2 * problem.y.nbytes
     floor = nbytes / s.bandwidth
     extra = {
-        "kernel": decode_kernel(s.capability), "rank": case.rank, "batch": case.rows,
+        "kernel": decode_kernel(s.capability), "rank": case.rank_name, "batch": case.rows,
         "popularity": case.popularity, "shape": f"{case.d_in}-{'+'.join(map(str, case.d_out))}",
         "tenants": len(set(adapters)), "bytes": nbytes,
     }  # fmt: skip

@@ -41,8 +41,8 @@ def problems_of(s: Setting, on: int, dtype: torch.dtype) -> list[Problem]:
         columns = [MODULES.index(module) for module in modules]
         made.append(
             Problem.random(
-                sizes[0][0], tuple(d_out for _, d_out in sizes), list(range(tenants)), tenants,
-                s.args.rank, dtype, s.args.device, tokens=s.args.tokens // tenants,
+                sizes[0][0], tuple(d_out for _, d_out in sizes), list(range(tenants)),
+                [s.args.rank] * tenants, dtype, s.args.device, tokens=s.args.tokens // tenants,
                 gates=gates[:, columns].contiguous().to(s.args.device),
             )
         )  # fmt: skip

@@ -16,33 +16,39 @@ ALIGNMENT = 16  # bytes, of rows in the pool
 
 @dataclass
 class Weights:
-    """Of S modules: w [d_out, d_in], a [adapters, rank, d_in], b [adapters, d_out, rank]."""
+    """Of S modules: w [d_out, d_in], a [adapters, rank, d_in], b [adapters, d_out, rank].
+
+    The tensors have the highest rank; an adapter of a lower one has zeros beyond it.
+    """
 
     w: list[Tensor]
     a: list[Tensor]
     b: list[Tensor]
+    ranks: list[int]  # of each adapter
 
     def copy(self) -> Weights:
         """The adapters again, elsewhere in memory; the base's weights are shared."""
-        return Weights(self.w, [t.clone() for t in self.a], [t.clone() for t in self.b])
+        a, b = ([t.clone() for t in tensors] for tensors in (self.a, self.b))
+        return Weights(self.w, a, b, self.ranks)
 
     def alone(self, s: int) -> Weights:
-        return Weights([self.w[s]], [self.a[s]], [self.b[s]])
+        return Weights([self.w[s]], [self.a[s]], [self.b[s]], self.ranks)
 
     def pool(self) -> tuple[Tensor, Tensor]:
         """As `grouped_lora_` reads them: all A, Bt one after another; offsets [adapters, S, 4]."""
-        pieces, columns, first = [], [], 0
+        pieces, offsets, first = [], [], 0
         for a, b in zip(self.a, self.b, strict=True):
             row_bytes = [d * a.element_size() for d in (a.shape[2], b.shape[1])]
             if any(size % ALIGNMENT for size in row_bytes):
                 raise ValueError(f"rows of {row_bytes} bytes are no multiples of {ALIGNMENT}")
-            both = torch.cat([a.flatten(1), b.mT.flatten(1)], dim=1).view(torch.uint8)
-            starts = first + torch.arange(len(a), device=a.device) * both.shape[1]
-            absent = torch.full_like(starts, -1)
-            columns.append(torch.stack([starts, starts + a[0].nbytes, absent, absent], dim=1))
-            pieces.append(both.flatten())
-            first += both.numel()
-        return torch.cat(pieces), torch.stack(columns, dim=1).contiguous()
+            column = []
+            for adapter, rank in enumerate(self.ranks):
+                pieces += [a[adapter, :rank].flatten(), b[adapter, :, :rank].mT.flatten()]
+                column.append([first, first + rank * row_bytes[0], *[-1] * 2])
+                first += rank * sum(row_bytes)
+            offsets.append(column)
+        table = torch.tensor(offsets, device=self.a[0].device).transpose(0, 1).contiguous()
+        return torch.cat(pieces).view(torch.uint8), table
 
 
 class Problem:
@@ -71,8 +77,7 @@ class Problem:
         d_in: int,
         d_out: tuple[int, ...],
         adapter_of: list[int],
-        num_adapters: int,
-        rank: int,
+        ranks: list[int],
         dtype: torch.dtype,
         device: str,
         tokens: int = 1,
@@ -83,20 +88,17 @@ class Problem:
 
         weights = Weights(
             [draw(n, d_in) for n in d_out],
-            [draw(num_adapters, rank, d_in) for _ in d_out],
-            [draw(num_adapters, n, rank) for n in d_out],
+            [draw(len(ranks), max(ranks), d_in) for _ in d_out],
+            [draw(len(ranks), n, max(ranks)) for n in d_out],
+            ranks,
         )
+        for adapter, rank in enumerate(ranks):
+            for a, b in zip(weights.a, weights.b, strict=True):
+                a[adapter, rank:] = 0
+                b[adapter, :, rank:] = 0
         x = torch.randn(len(adapter_of) * tokens, d_in, device=device).to(dtype)
         on = torch.ones(len(adapter_of), len(d_out), device=device) if gates is None else gates
         return cls(x, weights, adapter_of, tokens, on)
-
-    @property
-    def rank(self) -> int:
-        return self.weights.a[0].shape[1]
-
-    @property
-    def num_adapters(self) -> int:
-        return self.weights.a[0].shape[0]
 
     def slices(self) -> list[Tensor]:
         """y of each module: views."""
@@ -114,16 +116,16 @@ class Problem:
 
     def active_bytes(self) -> int:
         """What an update must read of the adapters."""
-        return sum(
-            len(self.rows_of(s)) * (a[0].nbytes + b[0].nbytes)
-            for s, (a, b) in enumerate(zip(self.weights.a, self.weights.b, strict=True))
-        )
+        d_in, size, total = self.x.shape[1], self.x.element_size(), 0
+        for s, width in enumerate(self.widths):
+            total += (d_in + width) * size * sum(self.weights.ranks[a] for a in self.rows_of(s))
+        return total
 
     def active_flops(self) -> int:
         d_in, total = self.x.shape[1], 0
         for s, width in enumerate(self.widths):
-            rows = sum(len(rows) for rows in self.rows_of(s).values())
-            total += 2 * rows * self.rank * (d_in + width)
+            each = (len(rows) * self.weights.ranks[a] for a, rows in self.rows_of(s).items())
+            total += 2 * (d_in + width) * sum(each)
         return total
 
     def alone(self, s: int) -> Problem:

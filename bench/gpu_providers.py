@@ -61,7 +61,8 @@ class Milora(Provider):
     def arguments(self, weights: Weights) -> tuple:
         p = self.problem
         pool, offsets = weights.pool()
-        ranks = torch.full(offsets.shape[:2], p.rank, dtype=torch.int32, device=p.x.device)
+        ranks = torch.tensor(weights.ranks, dtype=torch.int32, device=p.x.device)
+        ranks = ranks[:, None].expand(offsets.shape[:2]).contiguous()
         scales = torch.ones(offsets.shape[:2], device=p.x.device)
         return pool, offsets, ranks, scales, p.gates, p.route_of, p.slots
 
@@ -126,9 +127,10 @@ class Peft(Provider):
     def call(self, weights: Weights) -> Call:
         p = self.problem
         jobs = [
-            (y, a[adapter], b[adapter], rows)
+            (y, a[adapter, :rank], b[adapter, :, :rank], rows)
             for s, (y, a, b) in enumerate(zip(p.slices(), weights.a, weights.b, strict=True))
             for adapter, rows in p.rows_of(s).items()
+            for rank in [weights.ranks[adapter]]
         ]
 
         def run() -> None:
@@ -153,7 +155,7 @@ class Engine(Provider):
         for i, p in enumerate(self.parts):
             if p.rows_of(0):
                 adapter_of = p.slots.repeat_interleave(p.tokens)
-                self.peers[i] = make(adapter_of, p.num_adapters, p.rank, decode=decode)
+                self.peers[i] = make(adapter_of, p.weights.ranks, decode=decode)
         self.prepare()
 
     def prepare(self) -> None:

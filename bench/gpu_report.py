@@ -13,7 +13,8 @@ OURS = ("milora", "fused")
 HEAD = """# CUDA kernels
 
 Written by `bench/gpu_report.py` from the JSON lines in `bench/results/gpu.jsonl`; never edited.
-`bench/gpu_check.sh` makes them on a GPU machine. All kernels compile for sm_80 and sm_90a.
+`bench/gpu_check.sh` makes them on a GPU machine. All kernels compile for sm_80, sm_90a,
+sm_100 and sm_120, `fused_lora` for sm_90a alone.
 """
 TARGETS_HEAD = """
 ## Targets
@@ -24,8 +25,9 @@ KERNELS_HEAD = """
 
 One row a kernel, at the first case of its bench. *floor*: the bytes that cannot be avoided at the
 measured copy bandwidth (prefill: the bare modules' time and the adapters' arithmetic at their
-rate). *share*: floor ÷ time. *others*: their time in the same run, and theirs ÷ ours. *seen
-correct*: the last run of the GPU tests in which tests of the kernel passed and none failed.
+rate). *share*: floor ÷ time. *others*: their time in the same run, and theirs ÷ ours; then those
+of the kernel's C++ bench, at its own first case. *seen correct*: the last run of the GPU tests in
+which tests of the kernel passed and none failed.
 
 """
 ABSENT_HEAD = """
@@ -95,18 +97,28 @@ def kernels(records: list[dict], proofs: list[dict]) -> str:
             continue
         where = f"{last['hardware']}, {last['date'][:10]}, {last['commit']}"
         cells = (f"{last['floor_us']:.1f}", f"{last['value']:.1f}", f"{last['share']:.0%}")
-        rows.append((kernel.title, last["case"], *cells, others(records, last), correct, where))
+        also = first(records, name, python=False)
+        rivals = others(records, last)
+        if also is not None and also is not last and others(records, also):
+            rivals += f"; {also['case']}, C++: {others(records, also)}"
+        rows.append((kernel.title, last["case"], *cells, rivals, correct, where))
     head = ("kernel", "case", "floor, µs", "time, µs", "share", "others", "seen correct", "on")
     return table(head, rows)
 
 
 def headline(records: list[dict], kernel: str) -> dict | None:
     """Of the kernel's last run, with Python before without, the first case."""
+    found = first(records, kernel, python=True)
+    return first(records, kernel, python=False) if found is None else found
+
+
+def first(records: list[dict], kernel: str, *, python: bool) -> dict | None:
+    """The first case of the kernel's last run in bench_gpu.py, or in another bench."""
     mine = [
         r for r in records
         if r.get("kernel") == kernel and r["metric"] == "time" and r["provider"] in OURS
+        and (r["bench"] == "gpu") == python
     ]  # fmt: skip
-    mine = [r for r in mine if r["bench"] == "gpu"] or mine
     if not mine:
         return None
     last = max(r["date"] for r in mine)
@@ -120,6 +132,8 @@ def others(records: list[dict], ours: dict) -> str:
     for r in records:
         if any(r[key] != ours[key] for key in same) or r["provider"] == ours["provider"]:
             continue
+        if r["provider"] == "base" and r["bench"] != "gpu":
+            continue  # a copy of as many bytes, which the share speaks of
         if r["metric"] == "time":
             cells.append(f"{r['provider']} {r['value']:.1f} ({r['value'] / ours['value']:.2f}×)")
         elif r["metric"] == "absent":

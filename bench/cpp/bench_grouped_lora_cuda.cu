@@ -27,7 +27,7 @@ struct Case {
 const char* kernel_of(const Case& c) {
   if (c.path == Path::kFused) return "fused_lora";
   if (c.path == Path::kPrefill) return "prefill";
-  return gpu().capability / 10 == 9 ? "decode_cluster" : "decode_split";
+  return gpu().capability >= 90 ? "decode_cluster" : "decode_split";
 }
 
 std::string name_of(const Case& c) {

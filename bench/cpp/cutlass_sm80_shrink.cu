@@ -1,5 +1,5 @@
 // Tiles of 32 rows, since without a split of d_in a tile is all the parallelism that there is: 4096
-// tokens make 128 of them. Five stages of 16 KB hide the memory's latency.
+// tokens make 128 of them. Eight stages of 8 KB hide the memory's latency.
 #include "cutlass_sm80.cuh"
 
 namespace milora::bench {

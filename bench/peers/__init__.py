@@ -4,7 +4,7 @@
 reports that line, it never leaves a peer out in silence. Kernel files of the engines are not part
 of this repository: `python bench/peers/fetch.py` puts them into `bench/peers/unpacked/`.
 
-    peer = load("vllm")(adapter_of, num_adapters, rank=32, decode=True)
+    peer = load("vllm")(adapter_of, ranks, decode=True)
     weights = peer.pack(a, b)       # the engine's own layout, once per layer
     peer.prepare()                  # its metadata, once per step: timed apart
     peer.update(y, x, weights)      # its kernels
@@ -26,6 +26,7 @@ VERSIONS = {"vllm": "0.33.0", "sglang": "0.5.23"}  # whose files the loaders kno
 PEERS = {
     "vllm": ("peers.vllm_kernels", "Vllm"),
     "sglang": ("peers.sglang_kernels", "Sglang"),
+    "sglang_csgmv": ("peers.sglang_csgmv", "Csgmv"),
     "grouped_mm": ("peers.torch_grouped", "GroupedMm"),
 }
 
@@ -39,24 +40,24 @@ class Peer(abc.ABC):
 
     Args:
         adapter_of: [num_rows] int32 on the device, adapter of each row; -1 = none.
-        num_adapters: slots that the engine has loaded.
-        rank: of all adapters, which is also the slots' maximum.
+        ranks: of each adapter that the engine has loaded; the highest is that of its slots.
         decode: whether each row is a request's one new token; else rows are prompts' tokens.
 
     Raises: PeerAbsent, if the engine has no kernel for what is asked.
     """
 
-    def __init__(self, adapter_of: Tensor, num_adapters: int, rank: int, *, decode: bool):
+    def __init__(self, adapter_of: Tensor, ranks: list[int], *, decode: bool):
         self.adapter_of = adapter_of
-        self.num_adapters = num_adapters
-        self.rank = rank
+        self.ranks = ranks
+        self.num_adapters = len(ranks)
+        self.rank = max(ranks)
         self.decode = decode
 
     @abc.abstractmethod
     def pack(self, a: list[Tensor], b: list[Tensor]) -> Any:
         """The weights as the engine keeps them.
 
-        Args:
+        Args, with zeros beyond an adapter's own rank:
             a: S of [num_adapters, rank, d_in].
             b: S of [num_adapters, d_out_s, rank].
         """

@@ -25,7 +25,10 @@ FOLDERS = {
     "vllm": ("vllm/lora/ops/triton_ops",),
     "sglang": (
         "sglang/kernels/ops/lora/common",
+        "sglang/kernels/ops/lora/dense",
+        "sglang/kernels/ops/lora/dense/csgmv_configs/triton_3_5_1",
         "sglang/srt/lora",
+        "sglang/srt/lora/backend",
         "sglang/srt/lora/dense",
         "sglang/srt/lora/dense/configs",
     ),

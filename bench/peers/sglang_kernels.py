@@ -98,6 +98,14 @@ def kernels() -> types.SimpleNamespace:
     return types.SimpleNamespace(routing=files["routing"], plan=plan, runner=runner)
 
 
+def stacked(a: list[Tensor], ranks: list[int]) -> Tensor:
+    """All slices' A as SGLang's slots have them: slice s of an adapter at rows [s r, (s + 1) r)."""
+    slots = torch.zeros_like(torch.cat(a, dim=1))
+    for slot, rank, *parts in zip(slots, ranks, *a, strict=True):
+        slot[: len(parts) * rank] = torch.cat([part[:rank] for part in parts])
+    return slots
+
+
 def make_runner(num_adapters: int, device: torch.device):
     loaded = kernels()
     view = loaded.routing.RouteViewKind.ALIGNED
@@ -116,23 +124,23 @@ def make_runner(num_adapters: int, device: torch.device):
 
 
 class Sglang(Peer):
-    def __init__(self, adapter_of: Tensor, num_adapters: int, rank: int, *, decode: bool):
-        super().__init__(adapter_of, num_adapters, rank, decode=decode)
+    def __init__(self, adapter_of: Tensor, ranks: list[int], *, decode: bool):
+        super().__init__(adapter_of, ranks, decode=decode)
         device = adapter_of.device
-        self.runner = make_runner(num_adapters, device)
-        self.ranks = torch.full((num_adapters,), rank, dtype=torch.int32, device=device)
-        self.scales = torch.ones(num_adapters, dtype=torch.float32, device=device)
+        self.runner = make_runner(self.num_adapters, device)
+        self.live_ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
+        self.scales = torch.ones(self.num_adapters, dtype=torch.float32, device=device)
         self.block_sizes: set[int] = set()  # of the routes that this batch's plans ask for
 
     def pack(self, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         offsets = [0]
         for b_s in b:
             offsets.append(offsets[-1] + b_s.shape[1])
-        return torch.cat(a, dim=1), torch.cat(b, dim=1), tuple(offsets)
+        return stacked(a, self.ranks), torch.cat(b, dim=1), tuple(offsets)
 
     def prepare(self) -> None:
         self.runner.begin_batch(
-            token_slots=self.adapter_of, lora_ranks=self.ranks, scalings=self.scales,
+            token_slots=self.adapter_of, lora_ranks=self.live_ranks, scalings=self.scales,
             num_tokens=len(self.adapter_of), phase=Phase.DECODE if self.decode else Phase.PREFILL,
             graph_mode=self.adapter_of.is_cuda, is_prefill_graph=not self.decode,
         )  # fmt: skip

@@ -37,8 +37,11 @@ def kernel_folder(engine: str) -> Path:
 
 
 def module(name: str, **attributes: Any) -> types.ModuleType:
-    """Put an empty package with these attributes into `sys.modules`."""
-    made = types.ModuleType(name)
+    """Put an empty package with these attributes into `sys.modules`, or add them to the one that
+    an earlier call has put there, since two peers may be of one engine."""
+    made = sys.modules.get(name)
+    if made is None or made.__spec__.loader is not None:
+        made = types.ModuleType(name)
     made.__path__ = []
     # Others ask find_spec() whether the engine is there, which fails on a module without a spec.
     made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)

@@ -20,8 +20,8 @@ def grouped_mm():
 
 
 class GroupedMm(Peer):
-    def __init__(self, adapter_of: Tensor, num_adapters: int, rank: int, *, decode: bool):
-        super().__init__(adapter_of, num_adapters, rank, decode=decode)
+    def __init__(self, adapter_of: Tensor, ranks: list[int], *, decode: bool):
+        super().__init__(adapter_of, ranks, decode=decode)
         self.product = grouped_mm()
 
     def pack(self, a: list[Tensor], b: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

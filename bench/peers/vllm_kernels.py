@@ -63,8 +63,8 @@ def kernels() -> dict[str, types.ModuleType]:
 
 
 class Vllm(Peer):
-    def __init__(self, adapter_of: Tensor, num_adapters: int, rank: int, *, decode: bool):
-        super().__init__(adapter_of, num_adapters, rank, decode=decode)
+    def __init__(self, adapter_of: Tensor, ranks: list[int], *, decode: bool):
+        super().__init__(adapter_of, ranks, decode=decode)
         files = kernels()
         self.shrink = files["lora_shrink_op"].lora_shrink
         self.expand = files["lora_expand_op"].lora_expand
@@ -72,7 +72,7 @@ class Vllm(Peer):
         files["utils"]._LORA_A_PTR_DICT.clear()
         files["utils"]._LORA_B_PTR_DICT.clear()
         meta = files["lora_kernel_metadata"].LoRAKernelMeta
-        self.meta = meta.make(num_adapters, len(adapter_of), adapter_of.device)
+        self.meta = meta.make(self.num_adapters, len(adapter_of), adapter_of.device)
 
     def pack(self, a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if a[0].dtype not in (torch.bfloat16, torch.float16):

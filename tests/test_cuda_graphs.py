@@ -37,6 +37,17 @@ def capture(function) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def assert_replays(graph: torch.cuda.CUDAGraph, call, outputs: list[torch.Tensor]) -> None:
+    """A replay leaves in `outputs` the bits that `call`, which was captured, leaves there."""
+    call()
+    want = [t.clone() for t in outputs]
+    for out in outputs:
+        out.fill_(torch.nan)
+    graph.replay()
+    for got, expected in zip(outputs, want, strict=True):
+        assert torch.equal(got, expected)
+
+
 def change_values(inputs: dict, seed: int) -> None:
     """Other tokens, weights, adapters, routes and gates (some 0) in the same memory."""
     generator = torch.Generator().manual_seed(seed)
@@ -69,13 +80,7 @@ def test_grouped_lora_replays(path, dtype):
     graph = capture(call)
     for seed in range(3):
         change_values(inputs, seed)
-        call()
-        want = [t.clone() for t in inputs["y"]]
-        for y in inputs["y"]:
-            y.fill_(torch.nan)
-        graph.replay()
-        for got, expected in zip(inputs["y"], want, strict=True):
-            assert torch.equal(got, expected)
+        assert_replays(graph, call, inputs["y"])
 
 
 def test_fused_lora_replays():
@@ -88,11 +93,7 @@ def test_fused_lora_replays():
     graph = capture(call)
     for seed in range(3):
         change_values(inputs, seed)
-        call()
-        want = out.clone()
-        out.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(out, want)
+        assert_replays(graph, call, [out])
 
 
 def test_training_replays():
@@ -114,13 +115,7 @@ def test_training_replays():
     with torch.no_grad():
         route_of.copy_(route_of.flip(0))
         x.mul_(-0.5)
-    call()
-    want = [t.clone() for t in grads]
-    for grad in grads:
-        grad.fill_(torch.nan)
-    graph.replay()
-    for got, expected in zip(grads, want, strict=True):
-        assert torch.equal(got, expected)
+    assert_replays(graph, call, grads)
 
 
 @pytest.mark.parametrize("d", [37, 4096])
@@ -144,13 +139,7 @@ def test_prompt_router_replays(d):
             inputs[name].copy_(other[name])
         for name in ("spans", "router_of"):
             inputs[name].copy_(other[name].roll(shift, 0))
-        call()
-        want = [t.clone() for t in outputs]
-        for out in outputs:
-            out.fill_(torch.nan)
-        graph.replay()
-        for got, expected in zip(outputs, want, strict=True):
-            assert torch.equal(got, expected)
+        assert_replays(graph, call, outputs)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -98,7 +97,7 @@ def test_every_stage_measures_its_rivals(lines):
 
 def test_engines_are_measured_or_absent_with_a_reason(lines):
     for case in ("g1 4x4 r8 distinct 128-128", "g3 all"):
-        for engine in ("vllm", "sglang"):
+        for engine in ("vllm", "sglang", "sglang_csgmv"):
             mine = [r for r in lines if r["case"] == case and r["provider"] == engine]
             (found,) = [r for r in mine if r["metric"] in ("time", "absent")]
             assert found["metric"] == "time" or len(found["reason"]) > 10
@@ -120,7 +119,7 @@ def test_an_op_that_adds_nothing_is_refused(monkeypatch):
 
     from milora import ops
 
-    problem = Problem.random(64, (32, 48), [1, 0, 1], 2, 8, torch.float32, "cpu")
+    problem = Problem.random(64, (32, 48), [1, 0, 1], [8, 16], torch.float32, "cpu")
     for name in ("milora", "stacked", "peft"):
         provider = gpu_providers.make(name, problem)
         gpu_providers.check(name, provider, provider.call(problem.weights.copy()), base=False)
@@ -134,14 +133,14 @@ def test_what_a_problem_counts():
     from gpu_problem import Problem
 
     gates = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    problem = Problem.random(64, (32, 48), [1, 1, -1], 2, 8, torch.bfloat16, "cpu", 5, gates)
+    problem = Problem.random(64, (32, 48), [1, 1, -1], [4, 8], torch.bfloat16, "cpu", 5, gates)
     assert problem.active_bytes() == 8 * 2 * ((64 + 32) + (64 + 48))  # adapter 1 of both modules
     assert problem.active_flops() == 2 * 8 * (10 * (64 + 32) + 5 * (64 + 48))
     assert problem.alone(1).adapter_of == [-1, 1, -1]
     update = problem.update()
     assert not update[10:].any() and not update[:5, 32:].any() and update[:5, :32].all()
     with pytest.raises(ValueError, match="multiples of 16"):
-        Problem.random(60, (32,), [0], 1, 8, torch.bfloat16, "cpu").weights.pool()
+        Problem.random(60, (32,), [0], [8], torch.bfloat16, "cpu").weights.pool()
 
 
 def test_cases_have_names_of_their_own_and_targets_refer_to_them():
@@ -152,110 +151,6 @@ def test_cases_have_names_of_their_own_and_targets_refer_to_them():
     assert len(names) == len(set(names)) > 10
     assert {t.case for t in TARGETS if t.stage == "G1"} <= set(names)
     assert {t.stage for t in TARGETS} == {"G1", "G2", "G3", "G4", "G5"}
-
-
-# ---- rivals ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unpacked(tmp_path, monkeypatch) -> Path:
-    """An empty folder in place of bench/peers/unpacked."""
-    from peers import sglang_kernels, stubs, vllm_kernels
-
-    monkeypatch.setattr(stubs, "UNPACKED", tmp_path)
-    vllm_kernels.kernels.cache_clear()
-    sglang_kernels.kernels.cache_clear()
-    return tmp_path
-
-
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_an_absent_engine_says_why(engine, unpacked, monkeypatch):
-    import peers
-    from peers import stubs
-
-    rows = torch.tensor([0, 1], dtype=torch.int32)
-
-    def reason() -> str:
-        with pytest.raises(peers.PeerAbsent) as error:
-            peers.load(engine)(rows, 2, 8, decode=True)
-        return str(error.value)
-
-    assert "run bench/peers/fetch.py" in reason()
-    (unpacked / engine).mkdir()
-    (unpacked / f"{engine}.version").write_text("0.1")
-    assert reason() == (f"unpacked files are of {engine} 0.1, wanted is {peers.VERSIONS[engine]}")
-    (unpacked / f"{engine}.version").write_text(peers.VERSIONS[engine])
-    monkeypatch.setattr(stubs.importlib.util, "find_spec", lambda name: None)
-    assert reason() == "Triton is not installed"
-
-
-def test_a_kernel_file_that_does_not_load_is_an_absent_engine(tmp_path):
-    from peers import PeerAbsent, stubs
-
-    broken = tmp_path / "broken.py"
-    for text, message in (("import no_such_module", "no_such_module"), ("int.nothing", "nothing")):
-        broken.write_text(text)
-        with pytest.raises(PeerAbsent, match=f"broken.py cannot be loaded: .*{message}"):
-            stubs.file("broken_kernels", broken)
-        assert "broken_kernels" not in sys.modules
-    with pytest.raises(PeerAbsent, match="cannot be loaded"):
-        stubs.file("broken_kernels", tmp_path / "missing.py")
-
-
-def test_grouped_mm_leaves_out_rows_without_an_adapter():
-    import peers
-
-    peer = peers.load("grouped_mm")(torch.tensor([2, -1, 0, 2], dtype=torch.int32), 3, 8,
-                                    decode=True)  # fmt: skip
-    x, y = torch.randn(4, 32).bfloat16(), torch.zeros(4, 40).bfloat16()
-    a = [torch.randn(3, 8, 32).bfloat16() for _ in range(2)]
-    b = [torch.randn(3, n, 8).bfloat16() for n in (16, 24)]
-    weights = peer.pack(a, b)
-    peer.prepare()
-    peer.update(y, x, weights)
-    for row, adapter in ((0, 2), (2, 0), (3, 2)):
-        parts = [b_s[adapter].float() @ (a_s[adapter].float() @ x[row].float())
-                 for a_s, b_s in zip(a, b, strict=True)]  # fmt: skip
-        torch.testing.assert_close(y[row].float(), torch.cat(parts), rtol=0.05, atol=0.5)
-    assert not y[1].any()
-    with pytest.raises(peers.PeerAbsent, match="bfloat16"):
-        peer.pack([t.float() for t in a], b)
-
-
-def test_sglangs_table_of_tiles_is_read(tmp_path):
-    import enum
-    import types
-
-    from peers import sglang_kernels
-
-    kind = enum.Enum("Kind", {"LINEAR": "linear"}, type=str)
-    family = enum.Enum("Family", {"GROUPED": "grouped"}, type=str)
-    plan = types.SimpleNamespace(AFamily=family, BFamily=family, Overlap=family, DenseLoraKind=kind)
-    (tmp_path / "configs").mkdir()
-    spec = {"a_family": "grouped", "block_size": 32}
-    row = {"name": "one", "phase": "decode", "kinds": ["linear"], "max_rank": 32, "spec": spec}
-    (tmp_path / "configs" / "sm90.plans.json").write_text(json.dumps({"rows": [row]}))
-    (found,) = sglang_kernels.plans(plan, tmp_path, "sm90").rows
-    assert found.phase is sglang_kernels.Phase.DECODE and found.kinds == [kind.LINEAR]
-    assert found.max_rank == 32 and found.max_tokens is None
-    assert found.spec.model_dump() == {"a_family": family.GROUPED, "block_size": 32}
-    assert sglang_kernels.plans(plan, tmp_path, "sm80") is None
-
-
-def test_fetch_keeps_the_kernel_files_alone(tmp_path, monkeypatch):
-    from peers import fetch
-
-    monkeypatch.setattr(fetch, "UNPACKED", tmp_path / "unpacked")
-    with pytest.raises(SystemExit, match="has no wheel of vllm"):
-        fetch.find(tmp_path, "vllm")
-    wheel = tmp_path / f"vllm-{fetch.VERSIONS['vllm']}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("vllm/lora/ops/triton_ops/utils.py", "vllm/lora/ops/triton_ops/deep/x.py",
-                     "vllm/lora/ops/triton_ops/README.md", "vllm/engine.py"):  # fmt: skip
-            archive.writestr(name, "pass")
-    assert fetch.unpack("vllm", fetch.find(tmp_path, "vllm")) == 1
-    files = {p.relative_to(tmp_path / "unpacked") for p in tmp_path.glob("unpacked/**/*.*")}
-    assert files == {Path("vllm/lora/ops/triton_ops/utils.py"), Path("vllm.version")}
 
 
 # ---- what the report says ----------------------------------------------------------------------
@@ -305,6 +200,23 @@ def test_the_report_tells_measured_from_unmeasured(tmp_path):
     assert "| sglang | g1 | Triton is not installed |" in text
 
 
+def test_the_report_shows_the_rivals_of_the_cpp_benches(tmp_path):
+    from gpu_cases import KERNELS
+
+    python = {"kernel": "prefill", "floor_us": 80.0, "share": 0.8}
+    cpp = {**python, "bench": "grouped_lora_cuda", "case": "prefill b8x512"}
+    text = report(tmp_path, [
+        line("milora", "time", 100.0, **python), line("peft", "time", 200.0, **python),
+        line("base", "time", 30.0, **cpp), line("milora", "time", 40.0, **cpp),
+        line("cutlass_sm80", "time", 60.0, **cpp),
+        line("cutlass_sm90", "absent", 0.0, **cpp, reason="needs compute capability 9.0"),
+    ])  # fmt: skip
+    others = row_of(text, KERNELS["prefill"].title)[5]
+    assert others == (
+        "peft 200.0 (2.00×); prefill b8x512, C++: cutlass_sm80 60.0 (1.50×); cutlass_sm90 absent"
+    )
+
+
 def test_the_committed_report_is_what_the_script_writes(tmp_path):
     kept = BENCH / "results" / "gpu.jsonl"
     records = records_of(kept) if kept.exists() else []
@@ -328,7 +240,7 @@ def test_what_the_gpu_tests_have_seen(tmp_path):
     train = {"train_forward": good, "train_backward": good}
     router = {"router_forward": bad, "router_backward": bad}
     assert count(path, 90) == {"fused_lora": good, **train, **router}
-    assert count(path, 80) == {**train, **router}
+    assert count(path, 80) == count(path, 100) == {**train, **router}
 
 
 def test_every_kernel_has_tests_on_a_gpu():
@@ -372,7 +284,7 @@ def test_a_stage_that_fails_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_cpp_benches_of_the_cuda_kernels_compile(tmp_path):
-    """The benches' own sources; test_cuda_build.py has the kernels."""
+    """The benches' own sources and the CUTLASS rivals; test_cuda_build.py has the kernels."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     tools = {name: shutil.which(name, path=path) for name in ("nvcc", "cmake", "ninja")}
     if None in tools.values():
@@ -382,12 +294,17 @@ def test_the_cpp_benches_of_the_cuda_kernels_compile(tmp_path):
             metadata.distribution("nvidia-cutlass")
         except metadata.PackageNotFoundError:
             pytest.skip("needs CUTLASS: pip install nvidia-cutlass==4.2.0.0, or set CUTLASS_PATH")
-    options = ["-DMILORA_BENCH=ON", "-DMILORA_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    options = ["-DMILORA_BENCH=ON", "-DMILORA_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}",
+               "-DCMAKE_CUDA_ARCHITECTURES=90a-real"]  # fmt: skip
     configured = run(tools["cmake"], "-GNinja", "-S", ROOT, "-B", tmp_path, *options, PATH=path)
     assert configured.returncode == 0, configured.stdout + configured.stderr
     objects = ["bench/cpp/CMakeFiles/cuda_bench.dir/cuda_harness.cu.o"]
     for noun in ("grouped_lora", "train", "prompt_router"):
         target = f"bench_{noun}_cuda"
         objects.append(f"bench/cpp/CMakeFiles/{target}.dir/{target}.cu.o")
+    # Of CUTLASS those that differ in more than the numbers of a tile.
+    for library, names in (("sm80", ("shrink", "expand")), ("sm90", ("shrink", "swapped_expand"))):
+        folder = f"bench/cpp/CMakeFiles/cutlass_{library}.dir"
+        objects += [f"{folder}/cutlass_{library}_{name}.cu.o" for name in names]
     built = run(tools["ninja"], "-C", tmp_path, *objects, PATH=path)
     assert built.returncode == 0, built.stdout[-6000:] + built.stderr

@@ -35,7 +35,7 @@ class Weights:
         return Weights([self.w[s]], [self.a[s]], [self.b[s]], self.ranks)
 
     def pool(self) -> tuple[Tensor, Tensor]:
-        """As `grouped_lora_` reads them: all A, Bt one after another; offsets [adapters, S, 4]."""
+        """As `grouped_lora_` reads them: all A, Bt one after another; offsets [adapters, S, 5]."""
         pieces, offsets, first = [], [], 0
         for a, b in zip(self.a, self.b, strict=True):
             row_bytes = [d * a.element_size() for d in (a.shape[2], b.shape[1])]
@@ -44,7 +44,7 @@ class Weights:
             column = []
             for adapter, rank in enumerate(self.ranks):
                 pieces += [a[adapter, :rank].flatten(), b[adapter, :, :rank].mT.flatten()]
-                column.append([first, first + rank * row_bytes[0], *[-1] * 2])
+                column.append([first, first + rank * row_bytes[0], *[-1] * 3])
                 first += rank * sum(row_bytes)
             offsets.append(column)
         table = torch.tensor(offsets, device=self.a[0].device).transpose(0, 1).contiguous()

@@ -138,6 +138,12 @@ class MiLoRALinear(nn.Module):
         tensors = {**self.tensors(name), **self._drawn(name, call)}
         return expert.materialise(tensors, self.frozen(name), self.specs[name], self.dense_weight)
 
+    def served(self, name: str) -> ExpertWeights:
+        """The same as inference kernels read it: a core that is trained alone stands apart."""
+        expert = get_kind(self.kinds[name])
+        tensors, frozen = self.tensors(name), self.frozen(name)
+        return expert.served(tensors, frozen, self.specs[name], self.dense_weight)
+
     def values(self, name: str, call: Call | None = None) -> dict[str, Any]:
         """What `weights` is made of: tensors, frozen ones, and what a training forward drew."""
         return {**self.frozen(name), **self.tensors(name), **self._drawn(name, call)}

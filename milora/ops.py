@@ -58,11 +58,12 @@ def grouped_lora_(
 ) -> None:
     """Add each token's gated low-rank update in place, for modules that share x.   [MiLoRA, eq. 1]
 
-    y_s[t] += g · (scale · B (r ⊙ A x_t) + u ⊙ y_s[t] + v),
+    y_s[t] += g · (scale · B C (r ⊙ A x_t) + u ⊙ y_s[t] + v),
     g = gates[route_of[t], experts[s]],  r = rank_gates[t, s, :rank], or 1 without them
 
-    The y on the right is the value before. u and v are the output vectors of DoRA; an adapter
-    without them has −1 in `offsets`. For inference: no autograd is registered.
+    The y on the right is the value before. u and v are the output vectors of DoRA, C is the core of
+    LoRA-XS, whose A and B may be those of other adapters too; an adapter without them has −1 in
+    `offsets`, and without C it is as if C were 1. For inference: no autograd is registered.
 
     Args:
         y: S slices, each [..., d_out_s], dtype of x, with one row per token. 1 to 16 of them.
@@ -70,10 +71,10 @@ def grouped_lora_(
         x: [..., d_in] float32 | bfloat16 | float16; num_tokens is the product of the leading
             dimensions. x and y are contiguous, or 2-D with rows at any stride.
         pool: [pool_bytes] uint8, starts on 16 bytes. A [rank, d_in] and Bᵀ [rank, d_out] in x's
-            dtype, each row on 16 bytes: the row stride is d · itemsize rounded up to 16. u and v
-            [d_out] float32.
-        offsets: [num_adapters, num_experts, 4] int64, bytes from the pool's start of A, Bᵀ, u, v,
-            each a multiple of 16; −1 = no such vector.
+            dtype, each row on 16 bytes: the row stride is d · itemsize rounded up to 16. C
+            [rank, rank] likewise. u and v [d_out] float32.
+        offsets: [num_adapters, num_experts, 5] int64, bytes from the pool's start of A, Bᵀ, u, v,
+            C, each a multiple of 16; −1 = no such vector or matrix.
         ranks: [num_adapters, num_experts] int32, 0 to 256; 0 = no expert here.
         scales: [num_adapters, num_experts] float32.
         gates: [num_routes, num_experts] float32; 0 = the row is untouched, bitwise.
@@ -88,7 +89,8 @@ def grouped_lora_(
         adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
         such a row is left untouched.
     Note: accumulates in float32 and rounds once; where the CPU or GPU multiplies bf16 pairs,
-        r ⊙ A x is rounded to bf16 too, as torch does between two products. No host synchronisation,
+        C (r ⊙ A x), not rounded before, is rounded to bf16 too, as torch does between two
+        products. No host synchronisation,
         CUDA-graph safe.
     """
     tables = pool, offsets, ranks, scales, gates, route_of, adapter_of
@@ -110,7 +112,7 @@ def fused_lora(
 ) -> Tensor:
     """A module and its experts in one product, which writes y once.               [MiLoRA, eq. 1]
 
-    y[t] = y0 + g · (scale · B (A x_t) + u ⊙ y0 + v),  y0 = W x_t + bias,
+    y[t] = y0 + g · (scale · B C (A x_t) + u ⊙ y0 + v),  y0 = W x_t + bias,
     g = gates[route_of[t], expert]
 
     Args:
@@ -119,7 +121,7 @@ def fused_lora(
         bias: [d_out], dtype of x, or None.
         pool, offsets, ranks, scales, gates, route_of, adapter_of: as `grouped_lora_` takes them.
         expert: the module's column of `gates`, `offsets`, `ranks` and `scales`.
-    Returns: [..., d_out], dtype of x. Accumulates in float32; A x times gate and scale is rounded
+    Returns: [..., d_out], dtype of x. Accumulates in float32; C A x times gate and scale is rounded
         to x's dtype, as the matrix units take it.
     Raises: RuntimeError as `grouped_lora_`; on CUDA also if the GPU is not of compute capability
         9.0, the dtype is float32, or rows of x or w do not start on 16 bytes: call `linear` and

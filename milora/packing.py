@@ -25,14 +25,18 @@ def padded_rows(rows: Tensor) -> Tensor:
 
 def expert_runs(
     expert: ExpertWeights, bias: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """A [rank, d_in] and Bᵀ [rank, d_out] in `dtype`, u and v [d_out] in float32, as byte runs.
+) -> tuple[Tensor | None, ...]:
+    """The byte runs of an expert as `ExpertKind.served` gives it, by `milora.tables.EXPERT_PARTS`.
 
-    u = c - 1 and v = -u ⊙ bias are there only where the expert has an output vector (DoRA).
+    A [rank, d_in], Bᵀ [rank, d_out] and the core [rank, rank] are in `dtype`, u and v [d_out] in
+    float32. None for what the expert has not: u = c - 1 and v = -u ⊙ bias are there only with an
+    output vector (DoRA).
     """
-    u = v = None
+    u = v = core = None
     if expert.output is not None:
         output = expert.output.float()
         u = padded_rows(output)
         v = padded_rows(-output * (0.0 if bias is None else bias.float()))
-    return padded_rows(expert.a.to(dtype)), padded_rows(expert.b.T.to(dtype)), u, v
+    if expert.core is not None:
+        core = padded_rows(expert.core.to(dtype))
+    return padded_rows(expert.a.to(dtype)), padded_rows(expert.b.T.to(dtype)), u, v, core

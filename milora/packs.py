@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from milora.packing import expert_runs
-from milora.tables import BlockTables
+from milora.tables import EXPERT_PARTS, BlockTables
 
 if TYPE_CHECKING:
     from milora.runtime import Runtime
@@ -71,7 +71,7 @@ class Packs:
         versions = self._versions(index)
         linears = self.runtime.linears[index]
         shape = (len(self.names), len(self.runtime.blocks[index].experts))
-        offsets = torch.full((*shape, 4), -1, dtype=torch.int64)
+        offsets = torch.full((*shape, len(EXPERT_PARTS)), -1, dtype=torch.int64)
         ranks = torch.zeros(shape, dtype=torch.int32)
         scales = torch.zeros(shape, dtype=torch.float32)
         runs: list[Tensor] = []
@@ -80,7 +80,7 @@ class Packs:
             for linear in linears:
                 if name not in linear.specs:
                     continue
-                expert = linear.weights(name)
+                expert = linear.served(name)
                 bias = getattr(linear.base_layer, "bias", None)
                 for part, run in enumerate(expert_runs(expert, bias, dtype)):
                     if run is not None:

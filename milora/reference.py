@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from milora import rational
+from milora.tables import EXPERT_PARTS
 
 RMS_EPSILON = 1e-6
 
@@ -48,13 +49,14 @@ def pack_pool(
 
     Args:
         adapters: [num_adapters][num_experts] of None (no expert) or a dict with `a` [rank, d_in],
-            `bt` [rank, d_out] and, for an output vector, `u` and `v` [d_out] float32.
+            `bt` [rank, d_out] and, for an output vector, `u` and `v` [d_out] float32; a `core`
+            [rank, rank] too, if there is one.
         fill: byte of the padding; 0xFF makes it NaN in every dtype.
-    Returns: pool uint8, offsets int64 [num_adapters, num_experts, 4], ranks int32
+    Returns: pool uint8, offsets int64 [num_adapters, num_experts, 5], ranks int32
         [num_adapters, num_experts].
     """
     num_experts = len(adapters[0]) if adapters else 0
-    offsets = torch.full((len(adapters), num_experts, 4), -1, dtype=torch.int64)
+    offsets = torch.full((len(adapters), num_experts, len(EXPERT_PARTS)), -1, dtype=torch.int64)
     ranks = torch.zeros(len(adapters), num_experts, dtype=torch.int32)
     blocks, size = [], 0
     for i, experts in enumerate(adapters):
@@ -62,7 +64,7 @@ def pack_pool(
             if expert is None:
                 continue
             ranks[i, e] = expert["a"].shape[0]
-            for column, name in enumerate(("a", "bt", "u", "v")):
+            for column, name in enumerate(EXPERT_PARTS):
                 if name not in expert:
                     continue
                 offsets[i, e, column] = size
@@ -104,12 +106,14 @@ def grouped_lora_(
             if adapter < 0 or gates[route, expert] == 0 or ranks[adapter, expert] == 0:
                 continue
             rank = int(ranks[adapter, expert])
-            at_a, at_b, at_u, at_v = offsets[adapter, expert].tolist()
+            at_a, at_b, at_u, at_v, at_core = offsets[adapter, expert].tolist()
             a = read_pool(pool, at_a, rank, d_in, pool_dtype).to(x.dtype)
             bt = read_pool(pool, at_b, rank, d_out, pool_dtype).to(x.dtype)
             hidden = a @ x[t]
             if rank_gates is not None:
                 hidden = hidden * rank_gates[t, s, :rank].to(x.dtype)
+            if at_core >= 0:
+                hidden = read_pool(pool, at_core, rank, rank, pool_dtype).to(x.dtype) @ hidden
             delta = scales[adapter, expert].to(x.dtype) * (hidden @ bt)
             if at_u >= 0:
                 u = read_pool(pool, at_u, 1, d_out, torch.float32)[0].to(x.dtype)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# The columns of `offsets`: what an expert has in the pool.
+EXPERT_PARTS = ("a", "bt", "u", "v", "core")
+
 
 @dataclass
 class BlockTables:
@@ -16,7 +19,8 @@ class BlockTables:
 
     Attributes:
         pool: [pool_bytes] uint8, starts on 16 bytes.
-        offsets: [num_slots, num_experts, 4] int64, bytes of A, Bᵀ, u, v in the pool; -1 = absent.
+        offsets: [num_slots, num_experts, 5] int64, bytes of `EXPERT_PARTS` in the pool;
+            -1 = absent.
         ranks: [num_slots, num_experts] int32; 0 = this adapter has no expert there.
         scales: [num_slots, num_experts] float32.
         router_offsets: [num_slots, 3] int64, bytes of w_sa, W_r, coefficients; -1 = absent.

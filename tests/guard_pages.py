@@ -13,6 +13,7 @@ import mmap
 import sys
 
 import torch
+from test_cores import RANKS, with_cores
 from test_grouped_lora import pool_inputs, train_inputs
 from test_op_edges import DTYPES, POOL, ROUTER, TRAIN, WIDTHS, Case
 from test_prompt_router import in_pool, router_inputs
@@ -60,12 +61,13 @@ def widths(rows: int, d_outs: int) -> list[Case]:
 
 
 def lora_pool(at_end: bool) -> int:
-    cases = [*POOL, *widths(1, 3), *widths(5, 2), *widths(40, 1)]
+    cases = [*POOL, RANKS, *widths(1, 3), *widths(5, 2), *widths(40, 1)]
     for case in cases:
         for dtype in DTYPES:
-            inputs = pool_inputs(case, dtype)
-            ops.grouped_lora_(**{name: guard(value, at_end) for name, value in inputs.items()})
-    return len(cases) * len(DTYPES)
+            plain = pool_inputs(case, dtype)
+            for inputs in (plain, with_cores(plain)):  # the pool then ends with a core
+                ops.grouped_lora_(**{name: guard(value, at_end) for name, value in inputs.items()})
+    return 2 * len(cases) * len(DTYPES)
 
 
 def lora_training(at_end: bool) -> int:

@@ -60,9 +60,9 @@ def expert_runs(pool: AdapterPool, name: str) -> dict[tuple[int, int], tuple]:
         linears = {linear.column: linear for linear in runtime.linears[index]}
         for column, linear in linears.items():
             rank = int(tables.ranks[slot, column])
-            at_a, at_b, at_u, at_v = tables.offsets[slot, column].tolist()
+            at_a, at_b, at_u, at_v, at_core = tables.offsets[slot, column].tolist()
             if rank == 0:
-                assert (at_a, at_b, at_u, at_v) == (-1,) * 4
+                assert (at_a, at_b, at_u, at_v, at_core) == (-1,) * 5
                 continue
             dtype = pool.dtypes[index][column]
             a = read_pool(tables.pool, at_a, rank, linear.d_in, dtype)
@@ -100,9 +100,11 @@ def resident_bytes(pool: AdapterPool, name: str) -> bytes:
     """All bytes of a resident adapter's runs, in the layout's order."""
     entry = pool.entry(name)
     memory = pool.tables[0].pool
+    layout = entry.layout
+    offsets = [*(entry.factors.offsets if entry.factors else []), *entry.offsets]
     return b"".join(
         memory[offset : offset + size].cpu().numpy().tobytes()
-        for offset, size in zip(entry.offsets, entry.layout.sizes, strict=True)
+        for offset, size in zip(offsets, [*layout.factors.sizes, *layout.own.sizes], strict=True)
     )
 
 

@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulation import PoolParams, assert_as_reference, library
+from test_cores import CORE, RANKS, core_inputs, with_cores
 from test_grouped_lora import CASES, DTYPES, Case, clone_strided, pool_inputs
 from test_rank_gates import gated_inputs
 
@@ -52,13 +53,26 @@ def test_decode_with_rank_gates(decode, name, dtype, clusters):
     assert_as_reference(decode(inputs, clusters), inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", ["ranks", "odd_sizes", "bare_rows", "groups", "empty_shares"])
+@FORMS
+def test_decode_with_cores(decode, name, every, dtype, clusters):
+    case = next(case for case in [RANKS, *DECODE_CASES] if case.name == name)
+    inputs = core_inputs(case, dtype, every)
+    assert_as_reference(decode(inputs, clusters), inputs)
+    inputs = with_cores(gated_inputs(case, dtype), every)
+    assert_as_reference(decode(inputs, clusters), inputs)
+
+
 MIXED = Case("mixed", 60, (32, 7, 64), 130, (200, 33), (0,) * 25 + (1, 2, 0, 1) * 10, (0, 1, 2))
 
 
+@pytest.mark.parametrize("cores", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_bits(decode, dtype):
+def test_decode_bits(decode, dtype, cores):
     """The same bits in both forms, in any order of threads, for any grid, alone or together."""
-    inputs = pool_inputs(MIXED, dtype)
+    inputs = core_inputs(MIXED, dtype, every=3) if cores else pool_inputs(MIXED, dtype)
     together = decode(inputs, clusters=True)
     runs = [{"clusters": True, "order": 1}, {"clusters": True, "order": 2, "workers": 7}]
     runs += [{"clusters": False, "order": order, "workers": 1 + order} for order in range(3)]
@@ -91,9 +105,14 @@ def test_decode_of_many_items(decode, clusters):
 def test_decode_leaves_the_rest_alone(decode, clusters):
     """Bare rows, closed gates, and tables that point nowhere: y keeps its bits."""
     case = Case("idle", 9, (8, 0, 8), 32, (40,), (0, 1, -1, 2, 3, 4, 5, 0, 0), (0, 0, -1, 1, 7, 2))
+    check_leaves_alone(decode, clusters, case, 0)
+    check_leaves_alone(decode, clusters, case, CORE)
+
+
+def check_leaves_alone(decode, clusters: bool, case: Case, part: int) -> None:
     inputs = pool_inputs(case, torch.bfloat16)
     inputs["gates"][1] = 0
-    inputs["offsets"][2, :, 0] = 1 << 40
+    inputs["offsets"][2, :, part] = 1 << 40
     inputs["route_of"][8] = 99
     inputs["y"][0][1:7] = torch.tensor([torch.nan, -0.0, torch.inf, 1e-7]).repeat(10)
     inputs["y"][0][8] = torch.nan

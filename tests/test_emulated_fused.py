@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulation import PoolParams, address, library
+from test_cores import with_cores
 from test_grouped_lora import Case, pool_inputs
 from tolerance import assert_as_good_as_torch
 
@@ -63,9 +64,12 @@ FUSED_CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("every", [0, 1, 2], ids=["no_core", "cores", "some_cores"])
 @pytest.mark.parametrize("case", FUSED_CASES, ids=str)
-def test_fused_against_reference(fused, case, dtype):
+def test_fused_against_reference(fused, case, every, dtype):
     inputs = pool_inputs(case, dtype)
+    if every:
+        inputs = with_cores(inputs, every)
     d_out = case.d_out[0]
     w = (torch.randn(d_out, case.d_in) / case.d_in**0.5).to(dtype)
     bias = torch.randn(d_out).to(dtype) if case.num_tokens % 2 == 0 else None

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulation import PoolParams, address, assert_as_reference, library
+from test_cores import CORE, MANY, RANKS, core_inputs, with_cores
 from test_grouped_lora import CASES, DTYPES, Case, clone_strided, pool_inputs
 from test_rank_gates import gated_inputs
 
@@ -61,9 +62,22 @@ def test_prefill_with_rank_gates(prefill, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prefill_is_batch_invariant(prefill, dtype):
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    "case", [RANKS, MANY, *(c for c in CASES if c.name == "bare_rows"), *MORE_CASES[:2]], ids=str
+)
+def test_prefill_with_cores(prefill, case, every, dtype):
+    inputs = core_inputs(case, dtype, every)
+    assert_as_reference(prefill(inputs)[0], inputs)
+    inputs = with_cores(gated_inputs(case, dtype), every)
+    assert_as_reference(prefill(inputs, blocks=1, order=1)[0], inputs)
+
+
+@pytest.mark.parametrize("cores", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_is_batch_invariant(prefill, dtype, cores):
     case = Case("mixed", 90, (32, 7), 130, (70, 33), (0,) * 70 + (1, 0), (0, 1, 2), True)
-    inputs = pool_inputs(case, dtype)
+    inputs = core_inputs(case, dtype, every=3) if cores else pool_inputs(case, dtype)
     together, _ = prefill(inputs)
     for t in (0, 63, 64, 70, 71, 89):
         alone = {
@@ -90,6 +104,15 @@ def test_prefill_leaves_rows_alone(prefill):
     assert torch.equal(bits[0][idle], bits[2][idle]) and torch.equal(bits[1], bits[3])
     assert not torch.equal(bits[0], bits[2])
     assert plan[:, 4].tolist() == [1] * 3  # the first slice alone
+
+
+def test_prefill_leaves_rows_with_a_core_outside_alone(prefill):
+    case = Case("outside", 12, (8, 8), 40, (40,), (0, 1), (0, 1))
+    inputs = pool_inputs(case, torch.bfloat16)
+    inputs["offsets"][1, :, CORE] = 1 << 40
+    after = prefill(inputs)[0][0]
+    changed = (after != inputs["y"][0]).any(1).tolist()
+    assert changed == [True, False] * 6
 
 
 def expected_tiles(routes: list[int]) -> list[list[int]]:

@@ -99,15 +99,33 @@ def test_xs_gradient_of_the_core(weight):
     torch.testing.assert_close(core.grad, expected)
 
 
-def test_xs_adapters_of_one_base_share_the_bits_of_a(weight):
-    specs = [spec_of("lora_xs", SHAPE, seed=seed) for seed in (1, 2)]
-    kind = get_kind("lora_xs")
+@pytest.mark.parametrize("name", ["lora_xs", "lora_sb", "loldu", "inttune"])
+@pytest.mark.parametrize("sides", [(40, 28), (320, 300)])  # an exact SVD, and an iteration
+def test_adapters_of_one_base_share_a_and_b(name, sides):
+    """Whatever their seeds: bit for bit, and what inference reads is the same update."""
+    torch.manual_seed(0)
+    weight = torch.randn(sides[1], sides[0])
+    kind = get_kind(name)
     made = []
-    for spec in specs:
+    for seed in (1, 2):
+        spec = make_spec(*sides, 5, seed=seed, path="q_proj")
         tensors = kind.init(spec, lambda: weight)
-        move(tensors, kind.fixed, 0.1, seed=spec.seed % 97)
-        made.append(kind.materialise(tensors, {}, spec))
-    assert torch.equal(made[0].a, made[1].a) and not torch.equal(made[0].b, made[1].b)
+        move(tensors, kind.fixed, 0.1, seed=seed)
+        assert kind.has_fixed_factors(spec)
+        made.append(kind.served(tensors, {}, spec))
+        whole = kind.materialise(tensors, {}, spec)
+        assert whole.core is None and torch.equal(made[-1].a, whole.a)
+        torch.testing.assert_close(made[-1].b @ made[-1].core, whole.b)
+    assert torch.equal(made[0].a, made[1].a) and torch.equal(made[0].b, made[1].b)
+    assert not torch.equal(made[0].core, made[1].core)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("lora", {}), ("slora", {}), ("nlora", {}), ("inttune", {"residual": True})]
+)
+def test_what_is_trained_or_anchored_is_not_shared(name, options):
+    spec = make_spec(40, 28, 5, options=options)
+    assert not get_kind(name).has_fixed_factors(spec)
 
 
 def test_sb_starts_as_the_best_approximation_of_the_first_step(weight):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from test_cores import RANKS, with_cores
 from test_grouped_lora import DTYPES, Case, pool_inputs
 from tolerance import assert_as_good_as_torch
 
@@ -22,8 +25,11 @@ CASES = [
 ]
 
 
-def arguments(case: Case, dtype: torch.dtype, bias: bool = True) -> dict:
+def arguments(case: Case, dtype: torch.dtype, bias: bool = True, cores: int = 0) -> dict:
+    """Every `cores`th expert has a core; 0: none has."""
     inputs = pool_inputs(case, dtype)
+    if cores:
+        inputs = with_cores(inputs, cores)
     (expert,) = inputs.pop("experts")
     inputs.pop("y")
     d_out = case.d_out[0]
@@ -49,11 +55,22 @@ def on(device: str, inputs: dict) -> dict:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_reference(case, dtype, bias, device):
-    inputs = arguments(case, dtype, bias)
+    check(arguments(case, dtype, bias), device)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, replace(RANKS, d_out=(80,))], ids=str)
+def test_with_cores(case, dtype, every, device):
+    check(arguments(case, dtype, cores=every), device)
+
+
+def check(inputs: dict, device: str) -> None:
+    dtype = inputs["x"].dtype
     actual = ops.fused_lora(**on(device, inputs)).cpu()
     wide = {n: inputs[n] if inputs[n] is None else inputs[n].double() for n in ("x", "w", "bias")}
     expected = reference.fused_lora(**{**inputs, **wide}, pool_dtype=dtype)
-    assert_as_good_as_torch(actual, expected, reference.fused_lora(**inputs), case.name)
+    assert_as_good_as_torch(actual, expected, reference.fused_lora(**inputs))
 
 
 def test_takes_leading_dimensions(device):

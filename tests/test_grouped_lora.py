@@ -424,7 +424,7 @@ POOL_ERRORS = [
     ),
     ({"ranks": torch.full((2, 3), 200, dtype=torch.int32)}, "offsets must place .* got"),
     (
-        {"offsets": torch.full((2, 3, 4), 8)},
+        {"offsets": torch.full((2, 3, 5), 8)},
         "offsets must place A of adapter 0, expert 2 on 16 bytes",
     ),
     (

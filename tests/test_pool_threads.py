@@ -39,11 +39,11 @@ class Slowly:
         source = pool.entry(name).source
         read = source.pack
 
-        def pack(blob):
+        def pack(*blobs):
             self.count += 1
             self.started.set()
             assert self.go.wait(PATIENCE)
-            read(blob)
+            return read(*blobs)
 
         monkeypatch.setattr(source, "pack", pack)
 
@@ -228,10 +228,10 @@ pool = new_pool(build("llama"))
 pool.register("a", {str(folders["a"])!r})
 started = threading.Event()
 read = pool.entry("a").source.pack
-def pack(blob):
+def pack(*blobs):
     started.set()
     for _ in range(100):
-        read(blob)
+        read(*blobs)
 pool.entry("a").source.pack = pack
 pool.prefetch("a")
 started.wait()

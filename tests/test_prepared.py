@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from test_cores import core_inputs
 from test_grouped_lora import CASES, Case, pool_inputs
 from tiny_models import build, prompts, randomize
 
@@ -36,6 +37,15 @@ def test_same_bits_as_the_op(case, dtype):
         ops.grouped_lora_(**{**inputs, "x": x, "y": want})
         assert prepared(y, x)
         assert all(torch.equal(a, b) for a, b in zip(y, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_as_the_op_with_cores(dtype):
+    inputs = core_inputs(Case("cores", 9, (5, 64), 40, (50, 30), (0, 1), (0, 1)), dtype, every=3)
+    want = [t.clone() for t in inputs["y"]]
+    ops.grouped_lora_(**{**inputs, "y": want})
+    assert prepare(inputs)(inputs["y"], inputs["x"])
+    assert all(torch.equal(a, b) for a, b in zip(inputs["y"], want, strict=True))
 
 
 def test_reads_tables_that_change_in_place():

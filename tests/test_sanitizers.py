@@ -28,7 +28,7 @@ BUILD = ROOT / "build" / "sanitize"
 PACKAGE = BUILD / "package" / "milora"
 LIBRARY = PACKAGE / "lib" / "libmilora_ops.so"
 # opcheck and gradcheck run plain torch for most of their time.
-TESTED = ["test_op_edges.py", "test_grouped_lora.py", "test_prompt_router.py"]
+TESTED = ["test_op_edges.py", "test_grouped_lora.py", "test_cores.py", "test_prompt_router.py"]
 SELECTED = "not opcheck and not gradcheck"
 
 

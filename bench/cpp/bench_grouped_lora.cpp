@@ -44,7 +44,7 @@ class Inference {
     for (auto& y : y_) y = random_values(num_tokens() * c.d_out, dtype, 3, 1);
     for (int64_t i = 0; i < copies_ * c.batch * c.slices; ++i) {
       const int64_t a = i * expert, bt = a + c.rank * c.d_in * element_size(dtype);
-      offsets_.insert(offsets_.end(), {a, bt, -1, -1});
+      offsets_.insert(offsets_.end(), {a, bt, -1, -1, -1});
     }
     ranks_.assign(c.batch * c.slices, static_cast<int32_t>(c.rank));
     ones_.assign(c.batch * c.slices, 1.0f);
@@ -81,7 +81,7 @@ class Inference {
     p.x_stride = p.d_in = c_.d_in;
     p.pool = pool_;
     p.pool_bytes = copies_ * bytes_;
-    p.offsets = offsets_.data() + turn_ * c_.batch * c_.slices * 4;
+    p.offsets = offsets_.data() + turn_ * c_.batch * c_.slices * kNumParts;
     p.ranks = ranks_.data();
     p.scales = p.gates = ones_.data();
     p.route_of = route_of_.data();
@@ -117,8 +117,8 @@ class Inference {
   void check_result() {
     std::vector<double> hidden(c_.rank, 0.0);
     const int64_t copy = (turn_ + 1) % copies_;
-    const uint8_t* a = pool_ + offsets_[copy * c_.batch * c_.slices * 4];
-    const uint8_t* bt = pool_ + offsets_[copy * c_.batch * c_.slices * 4 + 1];
+    const uint8_t* a = pool_ + offsets_[copy * c_.batch * c_.slices * kNumParts];
+    const uint8_t* bt = pool_ + offsets_[copy * c_.batch * c_.slices * kNumParts + 1];
     const std::vector<uint8_t> before = y_[0];
     for (int64_t r = 0; r < c_.rank; ++r) {
       for (int64_t i = 0; i < c_.d_in; ++i) {

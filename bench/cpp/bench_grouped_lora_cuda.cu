@@ -57,7 +57,7 @@ class Problem {
     std::vector<int64_t> offsets;
     for (int64_t i = 0; i < copies_ * c.batch * c.slices; ++i) {
       const int64_t a = i * expert_;
-      offsets.insert(offsets.end(), {a, a + c.rank * c.d_in * kSize, -1, -1});
+      offsets.insert(offsets.end(), {a, a + c.rank * c.d_in * kSize, -1, -1, -1});
     }
     std::vector<int32_t> adapter_of, route_of;
     for (int64_t row = 0; row < c.batch; ++row) {
@@ -178,7 +178,7 @@ class Problem {
     p.x_stride = p.d_in = c_.d_in;
     p.pool = pool_.at<uint8_t>();
     p.pool_bytes = pool_.bytes();
-    p.offsets = offsets_.at<int64_t>() + turn * c_.batch * c_.slices * 4;
+    p.offsets = offsets_.at<int64_t>() + turn * c_.batch * c_.slices * kNumParts;
     p.ranks = ranks_.at<int32_t>();
     p.scales = p.gates = ones_.at<float>();
     p.route_of = route_of_.at<int32_t>();
@@ -194,7 +194,7 @@ class Problem {
   int64_t expert_, weights_;
   int copies_;
   Memory pool_, x_, y_, w_;
-  Memory offsets_{copies_ * c_.batch * c_.slices * 32}, ranks_{c_.batch * c_.slices * 4};
+  Memory offsets_{copies_ * c_.batch * c_.slices * kNumParts * 8}, ranks_{c_.batch * c_.slices * 4};
   Memory ones_{c_.batch * c_.slices * 4}, adapter_of_{c_.batch * 4}, route_of_{num_tokens() * 4};
   Scratch scratch_;
 };

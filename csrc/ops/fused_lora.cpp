@@ -1,4 +1,4 @@
-// milora::fused_lora: y[t] = y0 + g (scale B A x[t] + u y0 + v), y0 = W x[t] + bias, in one
+// milora::fused_lora: y[t] = y0 + g (scale B C A x[t] + u y0 + v), y0 = W x[t] + bias, in one
 // product.
 #include <array>
 

@@ -1,4 +1,5 @@
-// milora::grouped_lora_: y[s][t] += g (scale B (rg * A x[t]) + u y[s][t] + v), weights in the pool.
+// milora::grouped_lora_: y[s][t] += g (scale B C (rg * A x[t]) + u y[s][t] + v), weights in the
+// pool.
 #include <algorithm>
 #include <cstring>
 #include <string>

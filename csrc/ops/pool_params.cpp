@@ -16,7 +16,7 @@ void check_tables(const char* op, const GroupedLoraPoolParams& p, const Tensor& 
   check_dtype(op, "route_of", route_of, ScalarType::Int);
   check_dtype(op, "adapter_of", adapter_of, ScalarType::Int);
   check_shape(op, "pool", pool, {-1}, "[pool_bytes]");
-  check_shape(op, "offsets", offsets, {-1, -1, 4}, "[num_adapters, num_experts, 4]");
+  check_shape(op, "offsets", offsets, {-1, -1, kNumParts}, "[num_adapters, num_experts, 5]");
   check_shape(op, "ranks", ranks, {p.num_adapters, p.num_experts}, "[num_adapters, num_experts]");
   check_shape(op, "scales", scales, {p.num_adapters, p.num_experts}, "[num_adapters, num_experts]");
   check_shape(op, "gates", gates, {-1, p.num_experts}, "[num_routes, num_experts]");
@@ -49,7 +49,7 @@ GroupedLoraPoolParams pool_params(const char* op, const Tensors& y, const Tensor
   p.dtype = float_dtype(op, "x", x);
   const Rows x_rows = rows_of(op, "x", x);
   check(x_rows.width >= 1, op, "d_in must be at least 1, got 0");
-  check(offsets.dim() == 3, op, "offsets must be [num_adapters, num_experts, 4], got ",
+  check(offsets.dim() == 3, op, "offsets must be [num_adapters, num_experts, 5], got ",
         Shape{offsets});
   p.num_tokens = x_rows.count;
   p.d_in = x_rows.width;

@@ -78,7 +78,7 @@ def make_spec(
 
 @dataclass
 class ExpertWeights:
-    """The update of one expert with gate g:  y += g · (scale · B A x + output ⊙ (y - bias)).
+    """The update of one expert with gate g:  y += g · (scale · B C A x + output ⊙ (y - bias)).
 
     a: [rank, d_in].  b: [d_out, rank].  Both contiguous.
     output: [d_out] or None. With DoRA's per-row factor c it is c - 1, and b already holds
@@ -89,6 +89,7 @@ class ExpertWeights:
     b: Tensor
     scale: float
     output: Tensor | None = None
+    core: Tensor | None = None  # C [rank, rank], of `ExpertKind.served` alone; None: 1
 
 
 class ExpertKind(ABC):
@@ -206,6 +207,21 @@ class ExpertKind(ABC):
         """
         a, b = self.factors({**frozen, **tensors}, spec)
         return ExpertWeights(a, b, spec.scale)
+
+    def has_fixed_factors(self, spec: ExpertSpec) -> bool:
+        """Whether `served` gives an A and a B that are never trained, around a core that is: an
+        `AdapterPool` then keeps them once for all adapters that have the same."""
+        return False
+
+    def served(
+        self,
+        tensors: dict[str, Tensor],
+        frozen: dict[str, Tensor],
+        spec: ExpertSpec,
+        weight: WeightSource | None = None,
+    ) -> ExpertWeights:
+        """The expert as inference kernels read it: as `materialise`, or with its core apart."""
+        return self.materialise(tensors, frozen, spec, weight)
 
     def option(self, spec: ExpertSpec, name: str) -> Any:
         return spec.options.get(name, self.defaults[name])

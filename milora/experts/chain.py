@@ -7,7 +7,8 @@
     LoLDU       a diagonal C between fixed A and B
     LoRA-GA     A, B trained, and minus B_0 A_0: where training started
 
-What distinguishes them is their flags and their initial values, so each is a few lines.
+What distinguishes them is their flags and their initial values, so each is a few lines. Where C
+alone is trained, inference reads it apart from A and B, which many adapters may then share.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from milora.experts.base import ExpertKind, ExpertSpec
+from milora.experts.base import ExpertKind, ExpertSpec, ExpertWeights, WeightSource
 
 
 class FactorChain(ExpertKind):
@@ -91,6 +92,25 @@ class FactorChain(ExpertKind):
             start_a, start_b = (values[f"{self.prefix}_start_{side}"] for side in "AB")
             a, b = torch.cat([a, a - start_a]), torch.cat([b - start_b, start_b], dim=1)
         return a, b
+
+    def has_fixed_factors(self, spec: ExpertSpec) -> bool:
+        never_trained = self.fixed | self.frozen_shapes(spec).keys()
+        factors = {f"{self.prefix}_A", f"{self.prefix}_B"}
+        return bool(self.core) and factors <= never_trained and not self.is_anchored(spec)
+
+    def served(
+        self,
+        tensors: dict[str, Tensor],
+        frozen: dict[str, Tensor],
+        spec: ExpertSpec,
+        weight: WeightSource | None = None,
+    ) -> ExpertWeights:
+        if not self.has_fixed_factors(spec):
+            return super().served(tensors, frozen, spec, weight)
+        values = {**frozen, **tensors}
+        a, b, core = (values[f"{self.prefix}_{name}"] for name in ("A", "B", "core"))
+        core = torch.diag(core) if self.core == "diagonal" else core
+        return ExpertWeights(a, b, spec.scale, core=core)
 
     def _inner_factors(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A, and B C: an A that adapters have in common keeps its bits."""

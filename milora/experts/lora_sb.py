@@ -7,7 +7,8 @@ that step of rank r, and not at 0. With BᵀB = A Aᵀ = I a gradient step on R 
 projection of the full gradient, without the usual correction.
 
 `milora.init_from_gradients` does this. Before it, A and B are the leading singular vectors of the
-base weight and R is 0. The base weight is not compensated for dW.
+base weight and R is 0. The base weight is not compensated for dW. Adapters started from one
+gradient have A and B in common, which an `AdapterPool` then keeps once.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class LoraSb(FactorChain):
     fixed = frozenset({"lora_sb_A", "lora_sb_B"})
 
     def init(self, spec: ExpertSpec, weight: WeightSource | None = None) -> dict[str, Tensor]:
-        u, _, vt = top_svd(self.base_weight(spec, weight), spec.rank, spec.seed)
+        u, _, vt = top_svd(self.base_weight(spec, weight), spec.rank)
         return self.named(vt, u, zeros(spec.rank, spec.rank))
 
     def init_from_gradient(
         self, spec: ExpertSpec, gradient: Tensor, *, step: float = 1e-3
     ) -> dict[str, Tensor]:
         """Initial values from G = dL/dW [d_out, d_in]; `step` is eta."""
-        u, s, vt = top_svd(-step * gradient.sign(), spec.rank, spec.seed)
+        u, s, vt = top_svd(-step * gradient.sign(), spec.rank)
         return self.named(vt, u, torch.diag(s) / spec.scale)

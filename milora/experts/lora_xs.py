@@ -4,8 +4,9 @@ With the base weight W = U S Vᵀ the fixed factors are A = S_r V_rᵀ and B = U
 sit in A alone, as in the authors' code. R starts as N(0, 1e-5²), so dW does not start at exactly 0.
 
 SVD bits differ between machines, so A and B are saved with the adapter: its file is as large as
-LoRA's although it trains rank² numbers. `factors="random"` (the authors' option too) draws A and B
-from the seed, kaiming-uniform, and its file holds R alone.
+LoRA's although it trains rank² numbers. They do not depend on the adapter's seed, so that adapters
+of one base and rank, made on one machine, share them in an `AdapterPool`. `factors="random"` (the
+authors' option too) draws A and B from the seed, kaiming-uniform, and its file holds R alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class LoraXs(FactorChain):
         core = zeros(spec.rank, spec.rank).normal_(0.0, 1e-5, generator=generator)
         if self.frozen_shapes(spec):
             return {"lora_xs_core": core}
-        u, s, vt = top_svd(self.base_weight(spec, weight), spec.rank, spec.seed)
+        u, s, vt = top_svd(self.base_weight(spec, weight), spec.rank)
         return self.named(s[:, None] * vt, u, core)
 
     def frozen_shapes(self, spec: ExpertSpec) -> dict[str, tuple[int, ...]]:

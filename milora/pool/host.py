@@ -1,4 +1,4 @@
-"""Packed adapters in host memory, under a budget."""
+"""Packed adapters, and factors that they share, in host memory under a budget."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ class _Blob:
     num_bytes: int
     data: Tensor | None = None  # None while it is being filled
     users: int = 1
-    kept: bool = False  # the only copy of an adapter from memory: never dropped
+    kept: bool = False  # the only copy, of an adapter from memory: never dropped
+
+
+Key = str | tuple[str, str]  # an adapter's name, or the key of `Factors`
 
 
 class HostBlobs:
-    """Blobs by adapter; the least recently used one makes room. Not thread-safe: its owner locks.
+    """Blobs by key; the least recently used one makes room. Not thread-safe: its owner locks.
 
     Args:
         budget: bytes that all blobs together never exceed, those being filled included.
@@ -28,63 +31,72 @@ class HostBlobs:
     def __init__(self, budget: int):
         self.budget = budget
         self.used = 0
-        self._blobs: OrderedDict[str, _Blob] = OrderedDict()
+        self._blobs: OrderedDict[Key, _Blob] = OrderedDict()
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: Key) -> bool:
         return name in self._blobs and self._blobs[name].data is not None
 
     def __len__(self) -> int:
         return len(self._blobs)
 
-    def take(self, name: str) -> Tensor | None:
-        """The blob, which stays until `release`; None if there is none."""
-        if name not in self:
-            return None
-        self._blobs.move_to_end(name)
-        blob = self._blobs[name]
-        blob.users += 1
-        return blob.data
+    def claim(self, name: str, sizes: dict[Key, int]) -> dict[Key, Tensor | None] | None:
+        """Blobs that stay until `release`: each that is there, and None for each that the caller
+        must `fill`, or `drop`. None for all: there is no room just now.
 
-    def release(self, name: str) -> None:
+        Args:
+            name: of the adapter that they belong to.
+            sizes: of the blobs, whose claimants take turns: none is being filled by another.
+        Raises:
+            milora.PoolError: never, as they are larger than the budget leaves.
+        """
+        kept = {key: blob.num_bytes for key, blob in self._blobs.items() if blob.kept}
+        needed = sum(size for key, size in sizes.items() if key not in kept)
+        if needed > self.budget - sum(kept.values()):
+            held = f", of which {sum(kept.values()):,} hold adapters registered from memory"
+            raise PoolError(
+                f"AdapterPool: adapter {name!r} needs {needed:,} bytes of host memory; "
+                f"host_bytes allows {self.budget:,}{held if kept else ''}"
+            )
+        missing = sum(size for key, size in sizes.items() if key not in self)
+        droppable = [
+            key
+            for key, blob in self._blobs.items()
+            if not (blob.users or blob.kept or key in sizes)
+        ]
+        free = self.budget - self.used
+        if free + sum(self._blobs[key].num_bytes for key in droppable) < missing:
+            return None
+        for key in droppable:
+            if self.budget - self.used >= missing:
+                break
+            self.drop(key)
+        for key, size in sizes.items():
+            if key in self:
+                self._blobs.move_to_end(key)
+                self._blobs[key].users += 1
+            else:
+                self._blobs[key] = _Blob(size)
+                self.used += size
+        return {key: self._blobs[key].data for key in sizes}
+
+    def release(self, name: Key) -> None:
         """End one use of a blob; one that is gone, since filling it failed, is no error."""
         if name in self._blobs:
             self._blobs[name].users -= 1
 
-    def reserve(self, name: str, num_bytes: int) -> bool:
-        """Make room for a blob that is about to be filled, with one user. False: not just now.
-
-        Raises:
-            milora.PoolError: never, as it is larger than the budget leaves.
-        """
-        kept = sum(blob.num_bytes for blob in self._blobs.values() if blob.kept)
-        if num_bytes > self.budget - kept:
-            held = f", of which {kept:,} hold adapters registered from memory" if kept else ""
-            raise PoolError(
-                f"AdapterPool: adapter {name!r} needs {num_bytes:,} bytes of host memory; "
-                f"host_bytes allows {self.budget:,}{held}"
-            )
-        droppable = [key for key, blob in self._blobs.items() if not blob.users and not blob.kept]
-        free = self.budget - self.used
-        if free + sum(self._blobs[key].num_bytes for key in droppable) < num_bytes:
-            return False
-        for key in droppable:
-            if self.budget - self.used >= num_bytes:
-                break
-            self.drop(key)
-        self._blobs[name] = _Blob(num_bytes)
-        self.used += num_bytes
-        return True
-
-    def fill(self, name: str, data: Tensor, *, keep: bool = False) -> None:
+    def fill(self, name: Key, data: Tensor) -> None:
         """Hand over the data of a reserved blob."""
         self._blobs[name].data = data
-        self._blobs[name].kept = keep
+
+    def keep(self, name: Key, kept: bool) -> None:
+        """Whether a blob that is there must never be dropped for others."""
+        self._blobs[name].kept = kept
 
     def clear(self) -> None:
         self._blobs.clear()
         self.used = 0
 
-    def drop(self, name: str) -> None:
+    def drop(self, name: Key) -> None:
         """Forget a blob, or give up one that was reserved; none of that name is no error."""
         blob = self._blobs.pop(name, None)
         if blob is not None:

@@ -1,9 +1,12 @@
 """Which runs of bytes an adapter needs, known from its configuration alone.
 
-A run is one matrix that kernels read as a piece: A [rank, d_in] and Bᵀ [rank, d_out] of an expert
-in the dtype of its module, DoRA's u and v [d_out] and a router's w_sa [d], W_r [num_experts, d] and
-coefficients [12] in float32. Rows start on 16 bytes, runs on 64. In a packed blob the runs of an
-adapter follow each other in this order; in the pool they may lie apart.
+A run is one matrix that kernels read as a piece: A [rank, d_in], Bᵀ [rank, d_out] and a core
+[rank, rank] of an expert in the dtype of its module, DoRA's u and v [d_out] and a router's w_sa
+[d], W_r [num_experts, d] and coefficients [12] in float32. Rows start on 16 bytes, runs on 64. In a
+packed blob the runs follow each other in this order; in the pool they may lie apart.
+
+A and Bᵀ that an adapter never trains (LoRA-XS) are its factors: runs, and a blob, of their own,
+which it may have in common with others.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import copy
 import json
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from milora.nn import MiLoRALinear
 from milora.packing import row_bytes
 from milora.router import router_codes
 from milora.runtime import Runtime
+from milora.tables import EXPERT_PARTS
 
 ALIGNMENT = 64  # a cache line, so that no two runs share one
 ROUTER_PARTS = ("w_sa", "w_r", "theta")
@@ -40,13 +44,37 @@ _CACHED = 64
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Runs of one blob.
+
+    Attributes:
+        sizes: bytes of each run, a multiple of `ALIGNMENT`.  starts: where it begins in the blob.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.starts[-1] + self.sizes[-1] if self.sizes else 0
+
+    def add(self, num_rows: int, width: int, dtype: torch.dtype) -> int:
+        """Lay one more run behind the others. Returns: its index."""
+        start = self.num_bytes
+        size = num_rows * row_bytes(width, dtype)
+        self.starts.append(start)
+        self.sizes.append(-(-size // ALIGNMENT) * ALIGNMENT)
+        return len(self.sizes) - 1
+
+
+@dataclass(frozen=True)
 class ExpertPlace:
-    """An expert: its block and column, its module's path there, and its runs (A, Bᵀ, u, v)."""
+    """An expert: its block and column, its module's path there, and its runs by `EXPERT_PARTS`."""
 
     block: int
     column: int
     path: str
-    runs: tuple[int, int, int, int]  # indices into the layout's runs; -1 = absent
+    runs: tuple[int, ...]  # indices into the layout's runs; -1 = absent
 
 
 @dataclass(frozen=True)
@@ -59,7 +87,7 @@ class RouterPlace:
 class BlockRow:
     """What a slot's row of a block's tables holds, with indices of runs in place of offsets."""
 
-    runs: Tensor  # [num_experts, 4] int64
+    runs: Tensor  # [num_experts, 5] int64
     ranks: Tensor  # [num_experts] int32
     scales: Tensor  # [num_experts] float32
     router_runs: Tensor  # [3] int64
@@ -73,7 +101,8 @@ class Layout:
     Attributes:
         blocks: the model's blocks with the adapter's experts.
         columns: per block, the experts' columns in the order of the router's outputs.
-        sizes: bytes of each run, a multiple of `ALIGNMENT`.  starts: where it begins in a blob.
+        factors: of A and Bᵀ that are never trained.  own: all others. Indices of runs count the
+            factors first.
     """
 
     blocks: list[Block]
@@ -82,12 +111,13 @@ class Layout:
     experts: list[ExpertPlace]
     routers: list[RouterPlace]
     rows: list[BlockRow]
-    sizes: list[int]
-    starts: list[int]
+    factors: Runs
+    own: Runs
 
-    @property
-    def num_bytes(self) -> int:
-        return self.starts[-1] + self.sizes[-1] if self.sizes else 0
+    def place(self, run: int) -> tuple[bool, int]:
+        """Whether a run is one of the factors, and where it begins in its blob."""
+        own = run - len(self.factors.sizes)
+        return (True, self.factors.starts[run]) if own < 0 else (False, self.own.starts[own])
 
 
 class Layouts(Geometry):
@@ -169,6 +199,8 @@ class Layouts(Geometry):
             raise AdapterError(f"AdapterPool: {error}") from None
         builder = _Builder()
         for index, block in enumerate(blocks):
+            self._add_factors(builder, config, index, block)
+        for index, block in enumerate(blocks):
             self._add_block(builder, config, index, block, shapes)
         columns = [
             [linears[path].column for path in block.experts]
@@ -176,8 +208,21 @@ class Layouts(Geometry):
         ]
         return Layout(
             blocks, shapes, columns, builder.experts, builder.routers, builder.rows,
-            builder.sizes, builder.starts,
+            builder.factors, builder.own,
         )  # fmt: skip
+
+    def _add_factors(
+        self, builder: _Builder, config: MiLoRAConfig, index: int, block: Block
+    ) -> None:
+        kind = get_kind(config.expert)
+        for path in block.experts:
+            linear = self.linears[index][path]
+            spec = spec_of(config, block.path, path, (linear.d_in, linear.d_out))
+            if kind.has_fixed_factors(spec):
+                rank, dtype = kind.served_rank(spec), self.dtypes[index][linear.column]
+                sides = (linear.d_in, linear.d_out)
+                runs = tuple(builder.factors.add(rank, d, dtype) for d in sides)
+                builder.factors_of[index, path] = runs
 
     def _add_block(
         self, builder: _Builder, config: MiLoRAConfig, index: int, block: Block, shapes: Shapes
@@ -185,7 +230,7 @@ class Layouts(Geometry):
         width = self.widths[index]
         kind = get_kind(config.expert)
         row = BlockRow(
-            torch.full((width, 4), -1, dtype=torch.int64, device="cpu"),
+            torch.full((width, len(EXPERT_PARTS)), -1, dtype=torch.int64, device="cpu"),
             torch.zeros(width, dtype=torch.int32, device="cpu"),
             torch.zeros(width, dtype=torch.float32, device="cpu"),
             torch.full((3,), -1, dtype=torch.int64, device="cpu"),
@@ -196,12 +241,18 @@ class Layouts(Geometry):
             column, dtype = linear.column, self.dtypes[index][linear.column]
             spec = spec_of(config, block.path, path, (linear.d_in, linear.d_out))
             rank = kind.served_rank(spec)
-            a = builder.run(rank, linear.d_in, dtype)
-            bt = builder.run(rank, linear.d_out, dtype)
-            u = builder.run(1, linear.d_out, torch.float32) if kind.has_output else -1
-            v = builder.run(1, linear.d_out, torch.float32) if kind.has_output else -1
-            builder.experts.append(ExpertPlace(index, column, path, (a, bt, u, v)))
-            row.runs[column] = torch.tensor((a, bt, u, v), device="cpu")
+            core = u = v = -1
+            if (fixed := builder.factors_of.get((index, path))) is not None:
+                a, bt = fixed
+                core = builder.run(rank, rank, dtype)
+            else:
+                a = builder.run(rank, linear.d_in, dtype)
+                bt = builder.run(rank, linear.d_out, dtype)
+            if kind.has_output:
+                u = builder.run(1, linear.d_out, torch.float32)
+                v = builder.run(1, linear.d_out, torch.float32)
+            builder.experts.append(ExpertPlace(index, column, path, (a, bt, u, v, core)))
+            row.runs[column] = torch.tensor((a, bt, u, v, core), device="cpu")
             row.ranks[column] = rank
             row.scales[column] = spec.scale
         if config.router and block.experts:
@@ -218,21 +269,18 @@ class Layouts(Geometry):
 
 
 class _Builder:
-    """Lays runs one after another."""
+    """A layout in the making: all factors first, then the other runs."""
 
     def __init__(self) -> None:
         self.experts: list[ExpertPlace] = []
         self.routers: list[RouterPlace] = []
         self.rows: list[BlockRow] = []
-        self.sizes: list[int] = []
-        self.starts: list[int] = []
+        self.factors = Runs()
+        self.factors_of: dict[tuple[int, str], tuple[int, ...]] = {}  # by block and path
+        self.own = Runs()
 
     def run(self, num_rows: int, width: int, dtype: torch.dtype) -> int:
-        start = self.starts[-1] + self.sizes[-1] if self.sizes else 0
-        size = num_rows * row_bytes(width, dtype)
-        self.starts.append(start)
-        self.sizes.append(-(-size // ALIGNMENT) * ALIGNMENT)
-        return len(self.sizes) - 1
+        return len(self.factors.sizes) + self.own.add(num_rows, width, dtype)
 
 
 def compute_dtype(linear: MiLoRALinear, model: Any) -> torch.dtype:

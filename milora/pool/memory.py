@@ -14,8 +14,8 @@ from torch import Tensor
 
 from milora._build import REBUILD
 from milora.pool.copies import CpuCopies, CudaCopies
-from milora.pool.layout import ALIGNMENT, Layout
-from milora.tables import BlockTables
+from milora.pool.layout import ALIGNMENT, Layout, Runs
+from milora.tables import EXPERT_PARTS, BlockTables
 
 
 class PoolMemory:
@@ -33,7 +33,8 @@ class PoolMemory:
         self.device = device
         copies = CudaCopies if device.type == "cuda" else CpuCopies
         # offsets, rank and scale of every column; the router's offsets and codes
-        self.tables_bytes = sum(num_slots * (width * (32 + 4 + 4) + 24 + 24) for width in widths)
+        column_bytes = 8 * len(EXPERT_PARTS) + 4 + 4
+        self.tables_bytes = sum(num_slots * (width * column_bytes + 24 + 24) for width in widths)
         overhead = self.tables_bytes + copies.reserved + ALIGNMENT
         capacity = (num_bytes - overhead) // ALIGNMENT * ALIGNMENT
         if capacity <= 0:
@@ -62,13 +63,17 @@ class PoolMemory:
         """What a blob takes: torch rounds pinned memory up to powers of two."""
         return 1 << (num_bytes - 1).bit_length() if self.device.type == "cuda" else num_bytes
 
-    def write(self, layout: Layout, offsets: list[int], blob: Tensor) -> None:
-        """Copy an adapter into runs that no table names yet."""
+    def write(self, runs: Runs, offsets: list[int], blob: Tensor) -> None:
+        """Copy a blob into runs that no table names yet."""
         with self.copies.writing():
-            self.copies.load(blob, zip(layout.starts, offsets, layout.sizes, strict=True))
+            self.copies.load(blob, zip(runs.starts, offsets, runs.sizes, strict=True))
 
     def show(self, slot: int, layout: Layout, offsets: list[int]) -> Any:
-        """Name an adapter's runs in the rows of `slot`. Returns: the event to wait for."""
+        """Name an adapter's runs in the rows of `slot`. Returns: the event to wait for.
+
+        Args:
+            offsets: of the layout's factors, then of its own runs.
+        """
         places = torch.tensor(
             [*offsets, -1], device="cpu"
         )  # index -1 is the last: an absent run is at -1
@@ -123,7 +128,7 @@ def _empty_tables(pool: Tensor, num_slots: int, width: int) -> BlockTables:
 
     return BlockTables(
         pool,
-        table(width, 4, dtype=torch.int64, fill=-1),
+        table(width, len(EXPERT_PARTS), dtype=torch.int64, fill=-1),
         table(width, dtype=torch.int32),
         table(width, dtype=torch.float32),
         table(3, dtype=torch.int64, fill=-1),

@@ -62,6 +62,10 @@ class AdapterPool:
     least recently used ones that are neither pinned nor in use make room. Every method may be
     called from any thread.
 
+    Kinds that train nothing but a core between A and B (LoRA-XS, LoRA-SB, LoLDU) share A and B with
+    every adapter that has the same bytes there: in both budgets these count once, beside a core for
+    each adapter. The first use of such an adapter reads it once more, to learn what it can share.
+
     Args:
         model: a model that `milora.attach` takes, on one device. Adapters that are attached to it
             stay usable beside the pool, but not in one batch with it.

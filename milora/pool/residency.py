@@ -10,23 +10,34 @@ free of deadlocks and of false failures:
   none. It waits for host memory only while it holds no blob. Nothing that holds something waits
   for anything but copies and running forwards, which end by themselves.
 - Weights are read and checked before anything is evicted for them.
+
+Factors that adapters share are known by the digest of their bytes. The first use of an adapter
+reads it once for that, before any place is taken: what a working set needs is then exact. The
+adapter that finds its factors absent claims and brings them, and all that need them wait for it. An
+adapter's every reading is compared with the digest, so a wrong or changed file never gets, nor
+becomes, the factors of others.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from milora.errors import PoolError
-from milora.pool.entry import Entry, PoolStats, Source
+from milora.errors import AdapterError, PoolError
+from milora.pool.entry import Entry, Factors, PoolStats, Source
 from milora.pool.gate import ForwardGate
-from milora.pool.host import HostBlobs
+from milora.pool.host import HostBlobs, Key
 from milora.pool.layout import Layouts
 from milora.pool.memory import PoolMemory
 from milora.pool.space import Space
+
+# What a thread loads: an adapter, and the factors that it brings because they were absent.
+Claim = tuple[Entry, Factors | None]
+Blobs = dict[Key, Tensor]
 
 
 class Residency:
@@ -47,6 +58,8 @@ class Residency:
         self.counts: Counter[str] = Counter()
         self.space = Space(memory, max_resident, self.counts)
         self._loading: dict[str, Entry] = {}
+        # By digest, as long as a registered adapter has them or they are resident.
+        self._factors: weakref.WeakValueDictionary[str, Factors] = weakref.WeakValueDictionary()
         self._lost: deque[list[Entry]] = deque()  # of leases that nobody released
 
     # ---- registering ----------------------------------------------------------------------------
@@ -63,30 +76,38 @@ class Residency:
             if entry.name in self.entries:
                 raise ValueError(f"AdapterPool: there is an adapter {entry.name!r} already")
             capacity = self.memory.allocator.capacity
-            if entry.num_bytes > capacity:
+            if (needed := entry.num_bytes + entry.factors_bytes) > capacity:
                 raise PoolError(
-                    f"AdapterPool: adapter {entry.name!r} needs {entry.num_bytes:,} bytes in the "
-                    f"pool; device_bytes leaves {capacity:,}"
+                    f"AdapterPool: adapter {entry.name!r} needs {needed:,} bytes in the pool; "
+                    f"device_bytes leaves {capacity:,}"
                 )
             self.entries[entry.name] = entry
             if source is None:
                 return
             entry.is_loading = True
             self._loading[entry.name] = entry
+        claim: Claim = (entry, None)
         try:
+            self._identify(entry, source)
+            if (factors := entry.factors) is not None:
+                with self.changed:
+                    self.changed.wait_for(lambda: not factors.is_loading)
+                    factors.is_loading = True
+                claim = (entry, factors)
+            self._stage(claim, source, may_wait=True)
             with self.changed:
-                while not self.host.reserve(entry.name, self.memory.blob_bytes(entry.num_bytes)):
-                    self.changed.wait()
-            self._fill(entry, source, keep=True)
+                self.host.keep(entry.name, True)
+                if factors is not None:
+                    self.host.keep(factors.key, True)
+                    factors.keepers += 1
+                self._unstage(claim)
         except BaseException:
             with self.changed:
                 del self.entries[entry.name]
             raise
         finally:
             with self.changed:
-                self.host.release(entry.name)
-                entry.is_loading = False
-                del self._loading[entry.name]
+                self._end_claim(claim)
                 self.changed.notify_all()
 
     def remove(self, name: str) -> None:
@@ -96,6 +117,10 @@ class Residency:
                 self.space.evict(entry)
             self.host.drop(name)
             del self.entries[name]
+            factors = entry.factors
+            if entry.source is None and factors is not None:
+                factors.keepers -= 1
+                self.host.keep(factors.key, factors.keepers > 0)
 
     # ---- using adapters -----------------------------------------------------------------------
 
@@ -110,7 +135,10 @@ class Residency:
             milora.PoolError: they cannot fit beside those in use; nothing was loaded or evicted.
             whatever a source raises.
         """
-        entries, missing = self._take_places(list(names), lease)
+        names = list(names)
+        while (taken := self._take_places(names, lease)) is None:
+            self._identify_all(names)
+        entries, missing = taken
         try:
             if missing:
                 self._load(missing)
@@ -118,6 +146,31 @@ class Residency:
             self.done(entries, lease=lease)
             raise
         return entries
+
+    def _identify_all(self, names: list[str]) -> None:
+        with self.changed:
+            unknown = [entry for name in names if is_unknown(entry := self.known(name))]
+        try:
+            for entry in unknown:
+                self._identify(entry, entry.source)
+        except BaseException:
+            with self.changed:
+                self.counts["failures"] += 1
+            raise
+
+    def _identify(self, entry: Entry, source: Source) -> None:
+        """Learn which factors an adapter needs, if its kind has any, by reading it."""
+        if not entry.factors_bytes:
+            return
+        digest = source.pack(None, None)
+        with self.changed:
+            self.counts["disk_reads"] += source is entry.source
+            if entry.factors is None:
+                factors = self._factors.get(digest)
+                if factors is None:
+                    runs = self.layouts.of(entry.config).factors
+                    factors = self._factors[digest] = Factors(digest, runs)
+                entry.factors = factors
 
     def done(self, entries: list[Entry], *, lease: bool) -> None:
         with self.changed:
@@ -145,7 +198,8 @@ class Residency:
         if self.is_closed:
             raise PoolError("AdapterPool: this pool is closed")
 
-    def _take_places(self, names: list[str], lease: bool) -> tuple[list[Entry], list[Entry]]:
+    def _take_places(self, names: list[str], lease: bool) -> tuple[list[Entry], list[Claim]] | None:
+        """The adapters, and what of them this thread must load; None: identify them first."""
         with self.changed:
             while True:
                 self.settle()
@@ -155,9 +209,14 @@ class Residency:
                 if not missing and not self._loading:
                     break  # every adapter in use is resident: they fit
                 self._raise_prefetch_error(missing)
+                if any(map(is_unknown, missing)) and not self.gate.inside:
+                    return None
                 others = (*self.space.resident.values(), *self._loading.values())
                 fits = self.space.fits(entries, others)
-                fits = fits and not any(entry.is_loading for entry in missing)
+                fits = fits and not any(
+                    entry.is_loading or (entry.factors is not None and entry.factors.is_loading)
+                    for entry in missing
+                )
                 if fits and not missing:
                     break
                 if self.gate.inside:
@@ -172,13 +231,21 @@ class Residency:
                 entry.leases += lease
                 entry.holds += not lease
                 self.space.touch(entry)
+            claimed: list[Claim] = []
             for entry in missing:
                 entry.is_loading = True
                 self._loading[entry.name] = entry
+                brings = None
+                if (factors := entry.factors) is not None:
+                    factors.users += 1
+                    if factors.offsets is None and not factors.is_loading:
+                        factors.is_loading = True
+                        brings = factors
+                claimed.append((entry, brings))
             if lease:
                 self.counts["misses"] += len(missing)
                 self.counts["hits"] += len(entries) - len(missing)
-            return entries, missing
+            return entries, claimed
 
     def _raise_prefetch_error(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -188,17 +255,18 @@ class Residency:
 
     # ---- loading ------------------------------------------------------------------------------
 
-    def _load(self, missing: list[Entry]) -> None:
-        """Load adapters that this thread has claimed.
+    def _load(self, missing: list[Claim]) -> None:
+        """Load what this thread has claimed.
 
-        All are read and checked before the first is copied, as far as host memory holds them.
+        All is read and checked before the first is copied, as far as host memory holds it.
         """
-        staged: deque[tuple[Entry, Tensor]] = deque()
+        staged: deque[tuple[Claim, Blobs]] = deque()
         try:
-            for entry in missing:
-                while (blob := self._stage(entry, may_wait=not staged)) is None:
+            for claim in missing:
+                source = claim[0].source
+                while (blobs := self._stage(claim, source, may_wait=not staged)) is None:
                     self._place(*staged.popleft())
-                staged.append((entry, blob))
+                staged.append((claim, blobs))
             while staged:
                 self._place(*staged.popleft())
         except BaseException:
@@ -207,55 +275,94 @@ class Residency:
             raise
         finally:
             with self.changed:
-                for entry, _ in staged:
-                    self.host.release(entry.name)
-                for entry in missing:
-                    entry.is_loading = False
-                    del self._loading[entry.name]
+                for claim, _ in staged:
+                    self._unstage(claim)
+                for claim in missing:
+                    entry = claim[0]
+                    if entry.slot is None and entry.factors is not None:
+                        entry.factors.users -= 1
+                    if entry.is_stale:
+                        entry.factors, entry.is_stale = None, False
+                    self._end_claim(claim)
                 self.changed.notify_all()
 
-    def _stage(self, entry: Entry, *, may_wait: bool) -> Tensor | None:
-        """Its packed blob in host memory, in use until `_place`; None: no room just now."""
+    def _end_claim(self, claim: Claim) -> None:
+        entry, brought = claim
+        entry.is_loading = False
+        del self._loading[entry.name]
+        if brought is not None:
+            brought.is_loading = False
+
+    def _stage(self, claim: Claim, source: Source | None, *, may_wait: bool) -> Blobs | None:
+        """Packed blobs in host memory, in use until `_unstage`; None: no room just now."""
+        entry, brought = claim
+        sizes: dict[Key, int] = {entry.name: entry.num_bytes}
+        if brought is not None:
+            sizes[brought.key] = brought.num_bytes
+        taking = {key: self.memory.blob_bytes(size) for key, size in sizes.items()}
         with self.changed:
-            while True:
-                if (blob := self.host.take(entry.name)) is not None:
-                    return blob
-                if self.host.reserve(entry.name, self.memory.blob_bytes(entry.num_bytes)):
-                    break
+            while (found := self.host.claim(entry.name, taking)) is None:
                 if not may_wait:
                     return None
                 self.changed.wait()
-        return self._fill(entry, entry.source, keep=False)
+        if absent := [key for key, blob in found.items() if blob is None]:
+            found |= self._fill(claim, source, {key: sizes[key] for key in absent})
+        return found
 
-    def _fill(self, entry: Entry, source: Source, *, keep: bool) -> Tensor:
-        """Read and pack an adapter into the blob that was reserved for it."""
+    def _unstage(self, claim: Claim) -> None:
+        entry, brought = claim
+        self.host.release(entry.name)
+        if brought is not None:
+            self.host.release(brought.key)
+
+    def _fill(self, claim: Claim, source: Source, sizes: dict[Key, int]) -> Blobs:
+        """Read and pack an adapter into the blobs that were reserved for it."""
+        entry, brought = claim
         try:
-            blob = self.memory.new_blob(entry.num_bytes)
-            source.pack(blob)
+            blobs: Blobs = {key: self.memory.new_blob(size) for key, size in sizes.items()}
+            digest = source.pack(
+                blobs.get(entry.name), None if brought is None else blobs.get(brought.key)
+            )
+            if entry.factors is not None and digest != entry.factors.digest:
+                entry.is_stale = True
+                raise AdapterError(
+                    f"AdapterPool: adapter {entry.name!r}: its fixed factors are not those that it "
+                    "had when it was last read; load it again"
+                )
         except BaseException:
             with self.changed:
-                self.host.drop(entry.name)
+                self._unstage(claim)
+                for key in (*sizes, *[entry.name] * entry.is_stale):
+                    self.host.drop(key)
                 self.changed.notify_all()
             raise
         with self.changed:
-            self.host.fill(entry.name, blob, keep=keep)
-            self.counts["disk_reads"] += not keep
-        return blob
+            for key, blob in blobs.items():
+                self.host.fill(key, blob)
+            self.counts["disk_reads"] += source is entry.source
+        return blobs
 
-    def _place(self, entry: Entry, blob: Tensor) -> None:
+    def _place(self, claim: Claim, blobs: Blobs) -> None:
         """Copy an adapter into the pool and show it to kernels; evicts others for it."""
+        entry, brought = claim
         try:
             layout = self.layouts.of(entry.config)
-            slot, offsets = self._make_room(entry.num_bytes, layout.sizes)
+            parts = [(layout.own, blobs[entry.name])]
+            if brought is not None:
+                parts.append((layout.factors, blobs[brought.key]))
+            sizes = [size for runs, _ in parts for size in runs.sizes]
+            slot, offsets = self._make_room(sum(sizes), sizes)
             try:
-                self.memory.write(layout, offsets, blob)
+                places = iter(offsets)
+                for runs, blob in parts:
+                    self.memory.write(runs, [next(places) for _ in runs.sizes], blob)
             except BaseException:
                 with self.changed:
                     self.space.give_back(slot, offsets)
                 raise
         finally:
             with self.changed:
-                self.host.release(entry.name)
+                self._unstage(claim)
                 self.changed.notify_all()
         with self.changed:
             self.space.occupy(entry, layout, slot, offsets)
@@ -323,6 +430,7 @@ class Residency:
         with self.gate.exclusive(), self.changed:
             self.entries.clear()
             self.space.resident.clear()
+            self.space.factors.clear()
             self.host.clear()
             self.memory.free()
         return True
@@ -331,6 +439,8 @@ class Residency:
         with self.changed:
             self.settle()
             allocator = self.memory.allocator
+            shared = self.space.factors.values()
+            users = [e.factors for e in self.space.resident.values() if e.factors is not None]
             return PoolStats(
                 registered=len(self.entries),
                 resident=len(self.space.resident),
@@ -340,10 +450,18 @@ class Residency:
                 device_used=allocator.used,
                 device_free=allocator.free_bytes,
                 largest_hole=allocator.largest_hole,
+                shared_sets=len(shared),
+                shared_bytes=sum(factors.num_bytes for factors in shared),
+                shared_saved=sum(f.num_bytes for f in users) - sum(f.num_bytes for f in set(users)),
                 host_bytes=self.host.budget,
                 host_used=self.host.used,
                 **{name: self.counts[name] for name in _COUNTED},
             )
+
+
+def is_unknown(entry: Entry) -> bool:
+    """Whether an adapter must be read before it is known which factors it needs."""
+    return entry.factors_bytes > 0 and entry.factors is None and entry.source is not None
 
 
 _COUNTED = ("hits", "misses", "loads", "disk_reads", "evictions", "compactions", "failures")

@@ -43,9 +43,11 @@ class FolderSource:
         self.config = layouts.config(data, shapes, self.folder)
         checked_blocks(layouts, self.config, data.get("experts"), self.folder)
 
-    def pack(self, blob: Tensor) -> None:
-        """Fill the blob of a layout of `config`; every check of `milora.load` is made.
+    def pack(self, own: Tensor | None, factors: Tensor | None) -> str | None:
+        """Fill the blobs of a layout of `config`, None where one is not wanted; every check of
+        `milora.load` is made.
 
+        Returns: the digest of the factors; None where the layout has none.
         Raises:
             FileNotFoundError: the folder is gone.
             milora.AdapterError: it is damaged, or holds another adapter than when registered.
@@ -58,8 +60,10 @@ class FolderSource:
                     + ", ".join(f"{key} {theirs[key]!r} (was {mine[key]!r})" for key in differing)
                 )
             layout = self.layouts.of(self.config)
-            problems = pack(self.layouts, layout, self.config, file.read, file.checksums, blob)
+            reading = file.read, file.checksums
+            digest, problems = pack(self.layouts, layout, self.config, *reading, own, factors)
             raise_all(self.folder, problems)
+        return digest
 
 
 class TensorSource:
@@ -84,11 +88,13 @@ class TensorSource:
         }
         raise_all(self.name, [*form_problems(layouts.shapes(self.config), forms).values()])
 
-    def pack(self, blob: Tensor) -> None:
-        """Fill the blob of a layout of `config`. Raises: milora.AdapterError: NaN or Inf."""
+    def pack(self, own: Tensor | None, factors: Tensor | None) -> str | None:
+        """As `FolderSource.pack`. Raises: milora.AdapterError: NaN or Inf."""
         layout = self.layouts.of(self.config)
 
         def read(key: str) -> Tensor:
             return self.tensors[key].detach().to("cpu", torch.float32)
 
-        raise_all(self.name, pack(self.layouts, layout, self.config, read, None, blob))
+        digest, problems = pack(self.layouts, layout, self.config, read, None, own, factors)
+        raise_all(self.name, problems)
+        return digest

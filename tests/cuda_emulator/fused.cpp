@@ -26,8 +26,7 @@ void run(const FusedLoraParams& p, const fused::Workspace& workspace, unsigned b
                    [&] { prefill::plan_kernel<T, true>(lora, workspace.shrink); });
   emulator::launch(blocks, prefill::kThreads, prefill::kShrinkBytes,
                    [&] { prefill::shrink_kernel<T>(lora, workspace.shrink); });
-  emulator::launch(blocks, fused::kFinishThreads, 0,
-                   [&] { fused::finish_kernel<T>(lora, workspace); });
+  emulator::launch(blocks, prefill::kThreads, 0, [&] { fused::finish_kernel<T>(lora, workspace); });
   emulator::launch(blocks, fused::kThreads, fused::kSharedBytes,
                    [&] { fused::fused_kernel<T>(p, workspace, x_map, w_map); });
 }

@@ -8,6 +8,7 @@ namespace milora::MILORA_ISA {
 
 const GroupedLoraCpu kGroupedLoraCpu = {
     .shrink = shrink,
+    .core = core,
     .expand = expand,
     .transpose_b = transpose_b,
     .backward_rows = backward_rows,

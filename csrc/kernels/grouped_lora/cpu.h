@@ -1,7 +1,9 @@
 // The CPU kernels of grouped_lora_, grouped_lora and its backward.
 //
 //   shrink   h = rg * A x               a unit of rows and ranks; rg: gates of the ranks, or 1
-//   expand   y += g (s B h + u y + v)   a unit of rows and columns, after the shrink of those rows
+//   core     h = C h                    a unit of rows, after the shrink of all their ranks; where
+//                                       the expert has a core
+//   expand   y += g (s B h + u y + v)   a unit of rows and columns, after both for those rows
 //
 // tasks.h says which thread runs which unit when. All tables here are plain pointers, since these
 // files are compiled once per instruction set and must not emit shared template code.
@@ -16,7 +18,7 @@ struct LoraWork {
   const LoraJob* jobs;
   const int32_t* rows;      // token of each row
   const float* row_gates;   // gate of each row
-  float* hidden;            // rg * A x, per job [num_rows, rank]
+  float* hidden;            // rg * A x, then C of that; per job [num_rows, rank]
   const float* rank_gates;  // [num_tokens, num_slices, max_rank] or null
   int64_t num_slices, max_rank;
   const void* x;  // [num_tokens, d_in]
@@ -49,6 +51,7 @@ struct LoraBackwardWork {
 
 struct GroupedLoraCpu {
   void (*shrink)(const LoraWork& work, const LoraUnit& unit);
+  void (*core)(const LoraWork& work, const LoraUnit& unit);  // of all ranks, whatever unit says
   void (*expand)(const LoraWork& work, const LoraUnit& unit);
   // b [d_out, rank] -> bt [rank, d_out], columns [begin, end)
   void (*transpose_b)(const void* b, Dtype dtype, int64_t rank, int64_t d_out, int64_t begin,

@@ -1,7 +1,8 @@
-// Forward of the grouped low-rank update on a CPU:  y_t += g (s B (rg * A x_t) + u y_t + v)
+// Forward of the grouped low-rank update on a CPU:  y_t += g (s B C (rg * A x_t) + u y_t + v)
 //
 // Data flow: shrink reads a job's A and writes h = A x to float32 scratch (rows x rank, a few KB:
-// it stays in cache); expand reads Bt and touches each y element once.
+// it stays in cache); core multiplies C in there, for experts that have one; expand reads Bt and
+// touches each y element once.
 //
 // Few rows (decode): 2 rank (d_in + d_out) multiply-adds on as many weights, so time is bytes of A
 // and Bt over the bandwidth of memory. Both are walked eight rows at a time with the next eight
@@ -9,10 +10,12 @@
 // Many rows (prefill, training): bound by arithmetic. x goes through A in panels of 4 rows, Bt is
 // repacked in L2, and 6 rows of y at a time go along it.
 //
-// Order of summation per output: lanes over d_in, then a fixed tree; then ranks in order. It does
-// not depend on the rows beside it. Where the CPU multiplies bf16 pairs, h is rounded to bf16 for
-// every number of rows alike.
+// Order of summation per output: lanes over d_in, then a fixed tree; the same along a row of C;
+// then ranks in order. It does not depend on the rows beside it. Where the CPU multiplies bf16
+// pairs, h is rounded to bf16 for every number of rows alike.
 #pragma once
+
+#include <cstring>
 
 #include "kernels/cpu/axpy.h"
 #include "kernels/cpu/dispatch.h"
@@ -47,6 +50,24 @@ void shrink_unit(const LoraWork& work, const LoraUnit& unit) {
            unit.end - unit.begin, work.d_in,
            work.hidden + job.hidden_begin + unit.row_begin * job.rank + unit.begin, job.rank);
   if (work.rank_gates != nullptr) gate_ranks(work, unit);
+}
+
+// h = C h in float32, in place: a few rows at a time leave their products aside. Where rows are
+// many C stays in a near cache; where they are few it is rank / (d_in + d_out) of what A and Bt
+// are.
+template <class T>
+void core_unit(const LoraWork& work, const LoraUnit& unit) {
+  const LoraJob& job = work.jobs[unit.job];
+  alignas(64) float products[kDotRows * kMaxRank];
+  for (int64_t i = unit.row_begin; i < unit.row_end; i += kDotRows) {
+    const int64_t n = unit.row_end - i < kDotRows ? unit.row_end - i : kDotRows;
+    float* hidden = work.hidden + job.hidden_begin + i * job.rank;
+    const float* rows[kDotRows];
+    for (int64_t m = 0; m < n; ++m) rows[m] = hidden + m * job.rank;
+    dot_rows(rows, n, static_cast<const T*>(job.core), job.core_stride, job.rank, job.rank,
+             products, job.rank);
+    std::memcpy(hidden, products, n * job.rank * sizeof(float));
+  }
 }
 
 // `coef` [rows, steps] for the columns [unit.begin, unit.end) of Bt; update(row, column, h B, n).
@@ -125,6 +146,10 @@ void expand_unit(const LoraWork& work, const LoraUnit& unit) {
 
 void shrink(const LoraWork& work, const LoraUnit& unit) {
   MILORA_DISPATCH_DTYPE(work.dtype, T, { shrink_unit<T>(work, unit); })
+}
+
+void core(const LoraWork& work, const LoraUnit& unit) {
+  MILORA_DISPATCH_DTYPE(work.dtype, T, { core_unit<T>(work, unit); })
 }
 
 void expand(const LoraWork& work, const LoraUnit& unit) {

@@ -15,7 +15,10 @@ constexpr int kMaxRank = 256;
 // CPU both mean the same loops.
 enum LoraPath : int64_t { kDecodePath = 0, kPrefillPath = 1 };
 
-// grouped_lora_: y_s[t] += g (scale B (rg[t, s] * A x_t) + u y_s[t] + v), weights in the pool.
+// The columns of `offsets`. The core C [rank, rank] stands between A and B; absent, it is 1.
+enum ExpertPart : int { kPartA, kPartBt, kPartU, kPartV, kPartCore, kNumParts };
+
+// grouped_lora_: y_s[t] += g (scale B C (rg[t, s] * A x_t) + u y_s[t] + v), weights in the pool.
 struct GroupedLoraPoolParams {
   void* y[kMaxSlices];           // [num_tokens, d_out[s]]
   int64_t y_stride[kMaxSlices];  // elements
@@ -25,7 +28,7 @@ struct GroupedLoraPoolParams {
   int64_t x_stride;            // elements
   const uint8_t* pool;         // [pool_bytes], 16-byte aligned
   int64_t pool_bytes;
-  const int64_t* offsets;     // [num_adapters, num_experts, 4]: A, Bt, u, v; bytes, -1 = absent
+  const int64_t* offsets;     // [num_adapters, num_experts, kNumParts] bytes; -1 = absent
   const int32_t* ranks;       // [num_adapters, num_experts]
   const float* scales;        // [num_adapters, num_experts]
   const float* gates;         // [num_routes, num_experts]
@@ -41,6 +44,11 @@ struct GroupedLoraPoolParams {
 // The highest rank that an expert may have in this call.
 MILORA_HOST_DEVICE int64_t most_ranks(const GroupedLoraPoolParams& p) {
   return p.rank_gates == nullptr ? kMaxRank : p.max_rank;
+}
+
+// The offsets of adapter * num_experts + expert, by ExpertPart.
+MILORA_HOST_DEVICE const int64_t* offsets_at(const GroupedLoraPoolParams& p, int64_t entry) {
+  return p.offsets + entry * kNumParts;
 }
 
 // The gates of a token's ranks in a slice; only where there are any.

@@ -1,8 +1,9 @@
-// grouped_lora_ for many rows per adapter:  y_s[t] += g (s B (rg * A x_t) + u y_s[t] + v)  [eq. 1]
+// grouped_lora_ for many rows per adapter:  y_s[t] += g (s B C (rg * A x_t) + u y_s[t] + v)  [eq.
+// 1]
 //
 // Three launches on one stream, none of which the host waits for: plan (runs of the batch -> tiles
-// and jobs), shrink (A x, for all slices of a tile at once), expand (B of that, into y). Grids are
-// persistent and sized by the device; how much work there is, the kernels read from the plan.
+// and jobs), shrink (A x, for all slices of a tile at once), expand (B C of that, into y). Grids
+// are persistent and sized by the device; how much work there is, the kernels read from the plan.
 //
 // Floor, per token with m active slices of rank r, d = d_in = d_out, 16 bits: x once (2 d bytes)
 // and y twice (4 d m); 4096 tokens of d 4096 and one slice are 100 MB, 21 us at 4.8 TB/s. FLOPs 4 r

@@ -95,22 +95,27 @@ void schedule(const GroupedLoraPoolParams& params, LoraSchedule* out) {
       const auto num_rows = static_cast<int64_t>(out->rows.size()) - row_begin;
       if (num_rows == 0) continue;
 
-      const int64_t* offset = params.offsets + entry * 4;
+      const int64_t* offset = offsets_at(params, entry);
       const int64_t d_out = params.d_out[s];
       LoraJob job{};
       job.a_stride = pool_row_stride(params.d_in, params.dtype);
       job.bt_stride = pool_row_stride(d_out, params.dtype);
       const int64_t a_bytes = rank * job.a_stride * item;
       const int64_t bt_bytes = rank * job.bt_stride * item;
-      job.a = resolve(params, "A", group.adapter, expert, offset[0], a_bytes);
-      job.bt = resolve(params, "Bt", group.adapter, expert, offset[1], bt_bytes);
+      job.a = resolve(params, "A", group.adapter, expert, offset[kPartA], a_bytes);
+      job.bt = resolve(params, "Bt", group.adapter, expert, offset[kPartBt], bt_bytes);
       const auto vector_at = [&](const char* what, int64_t at) {
         if (at < 0) return static_cast<const float*>(nullptr);
         return reinterpret_cast<const float*>(
             resolve(params, what, group.adapter, expert, at, d_out * 4));
       };
-      job.u = vector_at("u", offset[2]);
-      job.v = vector_at("v", offset[3]);
+      job.u = vector_at("u", offset[kPartU]);
+      job.v = vector_at("v", offset[kPartV]);
+      if (offset[kPartCore] >= 0) {
+        job.core_stride = pool_row_stride(rank, params.dtype);
+        job.core = resolve(params, "the core", group.adapter, expert, offset[kPartCore],
+                           rank * job.core_stride * item);
+      }
       job.scale = params.scales[entry];
       job.rank = rank;
       job.d_out = d_out;

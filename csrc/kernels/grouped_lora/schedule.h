@@ -15,8 +15,10 @@ struct LoraJob {
   const void* a;   // [rank, d_in]
   const void* bt;  // [rank, d_out]
   int64_t a_stride, bt_stride;
-  const float* u;  // [d_out] or null
-  const float* v;  // [d_out] or null
+  const float* u;    // [d_out] or null
+  const float* v;    // [d_out] or null
+  const void* core;  // [rank, rank] or null
+  int64_t core_stride;
   float scale;
   int32_t rank;
   int32_t slice;

@@ -62,6 +62,7 @@ int64_t LoraTasks::cut(const LoraSchedule& schedule, int64_t d_in, Dtype dtype,
                        static_cast<int32_t>(std::min(begin + step, extent))});
       shrinks_left[job] += kind == LoraTaskKind::kShrink;
     }
+    shrinks_left[job] += kind == LoraTaskKind::kShrink && jobs[job].core != nullptr;
   };
 
   for (int32_t first = 0; first < num_jobs;) {
@@ -115,17 +116,26 @@ void LoraTasks::run(const LoraWork& work) {
       case LoraTaskKind::kWhole:
         for (int32_t j = task.job; j < task.job_end; ++j) {
           const LoraUnit unit = unit_of(j, work.jobs[j].rank);
-          if (unit.row_begin < unit.row_end) kernels.shrink(work, unit);
+          if (unit.row_begin >= unit.row_end) continue;
+          kernels.shrink(work, unit);
+          if (work.jobs[j].core != nullptr) kernels.core(work, unit);
         }
         for (int32_t j = task.job; j < task.job_end; ++j) {
           const LoraUnit unit = unit_of(j, work.jobs[j].d_out);
           if (unit.row_begin < unit.row_end) kernels.expand(work, unit);
         }
         break;
-      case LoraTaskKind::kShrink:
+      case LoraTaskKind::kShrink: {
         kernels.shrink(work, {task.job, task.row_begin, task.row_end, task.begin, task.end});
-        std::atomic_ref(shrinks_left[task.job]).fetch_sub(1, std::memory_order_release);
+        // Acquire: whoever runs the core reads what the other threads have written.
+        std::atomic_ref left(shrinks_left[task.job]);
+        const bool core_is_left = left.fetch_sub(1, std::memory_order_acq_rel) == 2;
+        if (core_is_left && work.jobs[task.job].core != nullptr) {
+          kernels.core(work, unit_of(task.job, work.jobs[task.job].rank));
+          left.fetch_sub(1, std::memory_order_release);
+        }
         break;
+      }
       case LoraTaskKind::kExpand:
         wait_for(std::atomic_ref(shrinks_left[task.job]));
         kernels.expand(work, {task.job, task.row_begin, task.row_end, task.begin, task.end});

@@ -1,9 +1,10 @@
 // From jobs to threads: tasks in a fixed order, handed out by one counter in one parallel region.
 //
-// A task is a whole piece of work (shrink, then expand, of some rows) wherever there are enough of
-// them; then threads never wait for each other. Only what would leave threads idle at the end is
-// cut finer, into shrink tasks by ranks and expand tasks by columns. An expand task waits until its
-// job's shrink tasks are done. That is safe with any number of threads: those stand before it in
+// A task is a whole piece of work (shrink, core, then expand, of some rows) wherever there are
+// enough of them; then threads never wait for each other. Only what would leave threads idle at the
+// end is cut finer, into shrink tasks by ranks and expand tasks by columns. An expand task waits
+// until its job's shrink tasks are done; the thread that ends the last of these multiplies by the
+// core, if the expert has one. That is safe with any number of threads: those stand before it in
 // the order, so some running thread has each of them in hand.
 #pragma once
 
@@ -25,7 +26,7 @@ struct LoraTask {
 
 struct LoraTasks {
   std::vector<LoraTask> tasks;
-  std::vector<int32_t> shrinks_left;  // per job
+  std::vector<int32_t> shrinks_left;  // per job; a core counts as the last of them
   std::atomic<int64_t> next{0};
 
   // Cuts the schedule's jobs for at most max_threads threads. Returns how many should call run: 1

@@ -1,12 +1,13 @@
 // grouped_lora_ for few rows per adapter, sm90:                                            [eq. 1]
-//   y_s[t] += g (s B (rg * A x_t) + u y_s[t] + v)
+//   y_s[t] += g (s B C (rg * A x_t) + u y_s[t] + v)
 //
 // Work. An item is a group of up to 8 neighbouring rows of one adapter in one slice (items.cuh); a
 // cluster of 8 blocks serves it. Block i owns share i of d_in and share i of d_out (plan.h).
 //   1. Every block multiplies its columns of A with its columns of x: rank x rows partial sums,
 //      kept in its own shared memory.
 //   2. Cluster barrier. Every block reads the 8 partial sums of all (rank, row) through distributed
-//      shared memory, adds them in the order of the blocks, and multiplies by the rank's gate.
+//      shared memory, adds them in the order of the blocks, and multiplies by the rank's gate; then
+//      by C, if the expert has one.
 //   3. Every block multiplies that with its columns of Bt and updates its columns of y.
 // No atomics; the order of every sum follows from d_in and the rank.
 //
@@ -42,9 +43,12 @@ using LoraStage = uint4[kTileRanks][kTileVectors];
 
 struct ClusterShared {
   LoraStage stages[kStages];
-  float warp_sums[2][kDecodeWarps][kTileRanks][kGroupRows];  // taken in turns by rank tiles
-  float block_sums[kMaxRank][kGroupRows];                    // read by the other blocks
-  float hidden[kMaxRank][kGroupRows];                        // rg * A x
+  union {
+    float warp_sums[2][kDecodeWarps][kTileRanks][kGroupRows];  // taken in turns by rank tiles
+    float gathered[kMaxRank][kGroupRows];  // rg * A x of an item with a core, after its shrink
+  };
+  float block_sums[kMaxRank][kGroupRows];  // read by the other blocks
+  float hidden[kMaxRank][kGroupRows];      // [C] (rg * A x)
   float gates[kGroupRows];
   ItemList list;
   uint64_t filled[kStages];
@@ -151,6 +155,7 @@ struct BlockWork {
   __device__ __forceinline__ void gather(const LoraItem& item) {
     cluster_arrive();
     cluster_wait();
+    auto* sums = item.core >= 0 ? shared.gathered : shared.hidden;
     for (int i = threadIdx.x; i < item.rank * R; i += kDecodeThreads) {
       float parts[kLoraSplits];
 #pragma unroll
@@ -160,10 +165,13 @@ struct BlockWork {
       float sum = 0;
 #pragma unroll
       for (int b = 0; b < kLoraSplits; ++b) sum += parts[b];
-      shared.hidden[i / R][i % R] = sum * rank_gate(p, item, i / R, i % R);
+      sums[i / R][i % R] = sum * rank_gate(p, item, i / R, i % R);
     }
     cluster_arrive();
     reading = true;
+    __syncthreads();
+    if (item.core < 0) return;
+    multiply_core<T, R>(p, item, shared.gathered, shared.hidden);
     __syncthreads();
   }
 

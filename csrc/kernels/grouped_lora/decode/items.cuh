@@ -19,6 +19,7 @@ constexpr int kMaxItems = 32;  // a block's items at a time
 struct LoraItem {
   int64_t a, bt;  // bytes from the pool's start
   int64_t u, v;   // -1: none
+  int64_t core;   // -1: none
   float scale;
   int32_t token, rows;
   int32_t slice, rank;  // rank 0: the tables point outside of the pool, nothing is done
@@ -49,15 +50,19 @@ __device__ __forceinline__ LoraItem make_item(const GroupedLoraPoolParams& p, in
   item.slice = slice;
   item.rank = p.ranks[entry];
   item.scale = p.scales[entry];
-  item.a = p.offsets[4 * entry];
-  item.bt = p.offsets[4 * entry + 1];
-  item.u = p.offsets[4 * entry + 2];
-  item.v = p.offsets[4 * entry + 3];
+  const int64_t* offset = offsets_at(p, entry);
+  item.a = offset[kPartA];
+  item.bt = offset[kPartBt];
+  item.u = offset[kPartU];
+  item.v = offset[kPartV];
+  item.core = offset[kPartCore];
   const int64_t d_out = p.d_out[slice];
   const int64_t a_bytes = int64_t{item.rank} * vectors_of(p.d_in, kVec) * kVectorBytes;
   const int64_t bt_bytes = int64_t{item.rank} * vectors_of(d_out, kVec) * kVectorBytes;
+  const int64_t core_bytes = int64_t{item.rank} * vectors_of(item.rank, kVec) * kVectorBytes;
   const int64_t vector_bytes = d_out * static_cast<int64_t>(sizeof(float));
-  if (!inside(item.a, a_bytes, p.pool_bytes) || !inside(item.bt, bt_bytes, p.pool_bytes)) {
+  if (!inside(item.a, a_bytes, p.pool_bytes) || !inside(item.bt, bt_bytes, p.pool_bytes) ||
+      (item.core >= 0 && !inside(item.core, core_bytes, p.pool_bytes))) {
     item.rank = 0;
   }
   if (!inside(item.u, vector_bytes, p.pool_bytes)) item.u = -1;

@@ -127,6 +127,33 @@ __device__ __forceinline__ float rank_gate(const GroupedLoraPoolParams& p, const
   return rank_gates_at(p, item.token + row, item.slice)[rank];
 }
 
+// hidden[k][r] = sum over j of C[k][j] gathered[j][r]: a thread for each (k, r), j ascending. All
+// threads must call it, after a barrier; another must follow. Each block of an item needs all of
+// hidden and makes it itself: rank / d of the arithmetic of a share, where an exchange would cost
+// the cluster one more barrier. C comes from L2 for all blocks but the first.
+template <class T, int R>
+__device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p, const LoraItem& item,
+                                              const float (*gathered)[kGroupRows],
+                                              float (*hidden)[kGroupRows]) {
+  constexpr int kVec = kVecOf<T>;
+  const int32_t row_vectors = vectors_of(item.rank, kVec);
+  const auto* core = reinterpret_cast<const uint4*>(p.pool + item.core);
+  for (int i = threadIdx.x; i < item.rank * R; i += kDecodeThreads) {
+    const int rank = i / R, row = i % R;
+    float sum = 0;
+    for (int32_t vector = 0; vector < row_vectors; ++vector) {
+      float c[kVec];
+      unpack(__ldg(core + rank * row_vectors + vector), c, static_cast<const T*>(nullptr));
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        const int j = vector * kVec + e;
+        if (j < item.rank) sum = fmaf(c[e], gathered[j][row], sum);  // padding may hold anything
+      }
+    }
+    hidden[rank][row] = sum;
+  }
+}
+
 // y[r][e] += hidden[rank][r] Bt[rank][e] for the thread's ranks of the tile.
 template <class T, int R, class VectorAt>
 __device__ __forceinline__ void expand_tile(float (&y)[R][kVecOf<T>], const LoraTile& tile,

@@ -2,12 +2,12 @@
 // cannot wait for each other, so the two products are two launches.
 //
 // shrink: block i of an item multiplies its share of A with its share of x and leaves rank x rows
-// sums in the workspace. expand: every block adds the 8 sums in order and multiplies its share of
-// Bt. Weights go from memory to registers, 4 vectors of 16 bytes in flight per thread; two or more
-// blocks a multiprocessor keep 32 KB and more under way, three times what an A100's memory needs
-// (18 bytes a ns and multiprocessor x 0.6 us). Bytes as in cluster.cuh, plus 64 rank rows of sums
-// an item, which stay in L2. The arithmetic, its order and hence the bits are those of the cluster
-// form.
+// sums in the workspace. expand: every block adds the 8 sums in order, multiplies by the expert's
+// core, if there is one, and by its share of Bt. Weights go from memory to registers, 4 vectors of
+// 16 bytes in flight per thread; two or more blocks a multiprocessor keep 32 KB and more under way,
+// three times what an A100's memory needs (18 bytes a ns and multiprocessor x 0.6 us). Bytes as in
+// cluster.cuh, plus 64 rank rows of sums an item, which stay in L2. The arithmetic, its order and
+// hence the bits are those of the cluster form.
 #pragma once
 
 #include "kernels/grouped_lora/decode/math.cuh"
@@ -69,8 +69,10 @@ __device__ __forceinline__ void split_shrink(const GroupedLoraPoolParams& p, con
 
 template <class T, int R>
 __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, const LoraItem& item,
-                                             int part, float (*hidden)[kGroupRows], float* gates,
+                                             int part, float (*gathered)[kGroupRows],
+                                             float (*hidden)[kGroupRows], float* gates,
                                              const float* sums) {
+  auto* target = item.core >= 0 ? gathered : hidden;
   load_gates(p, item, gates);
   for (int i = threadIdx.x; i < item.rank * R; i += kDecodeThreads) {
     const int row = i / item.rank, rank = i % item.rank;
@@ -81,9 +83,13 @@ __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, con
       for (int b = 0; b < kLoraSplits; ++b) sum += parts[b * kMaxRank];
       sum *= rank_gate(p, item, rank, row);
     }
-    hidden[rank][row] = sum;
+    target[rank][row] = sum;
   }
   __syncthreads();
+  if (item.core >= 0) {
+    multiply_core<T, R>(p, item, gathered, hidden);
+    __syncthreads();
+  }
   const int32_t row_vectors = vectors_of(p.d_out[item.slice], kVecOf<T>);
   const auto multiply_tile = [&](auto& y, const LoraTile& tile, int64_t place, bool valid) {
     const auto* bt = reinterpret_cast<const uint4*>(p.pool + item.bt) +
@@ -103,6 +109,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   __shared__ ItemList list;
   __shared__ float warp_sums[kExpand ? 1 : kDecodeWarps][kTileRanks][kGroupRows];
   __shared__ float hidden[kMaxRank][kGroupRows];  // the shrink's: this block's sums
+  __shared__ float gathered[kExpand ? kMaxRank : 1][kGroupRows];
   __shared__ float gates[kGroupRows];
   const auto part = static_cast<int>(blockIdx.x % kLoraSplits);
   const auto worker = static_cast<int32_t>(blockIdx.x / kLoraSplits);
@@ -116,7 +123,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         dispatch_rows(item.rows, [&](auto rows) {
           constexpr int R = decltype(rows)::value;
           if constexpr (kExpand) {
-            split_expand<T, R>(p, item, part, hidden, gates, sums);
+            split_expand<T, R>(p, item, part, gathered, hidden, gates, sums);
           } else {
             split_shrink<T, R>(p, item, part, warp_sums, hidden, sums);
           }

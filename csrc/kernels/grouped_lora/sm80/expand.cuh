@@ -1,9 +1,10 @@
-// Prefill, second product:  y_s[t] += g (scale Bt_s^T S_t + u y_s[t] + v),  S_t = rg * sum of
-// partials.
+// Prefill, second product:  y_s[t] += g (scale Bt_s^T S_t + u y_s[t] + v),
+// S_t = C (rg * sum of partials).
 //
 // A unit of work is a job (an active slice of a tile) and 1024 columns of y. S [64, rank] is summed
-// over the splits of d_in in ascending order and rounded to x's dtype, as the tensor cores take it;
-// it stays in shared memory. Then 128 bytes of columns a step:
+// over the splits of d_in in ascending order, multiplied by the expert's core if there is one, and
+// rounded to x's dtype, as the tensor cores take it; it stays in shared memory. Then 128 bytes of
+// columns a step:
 //
 //   memory --cp.async--> y [64, 128 bytes], Bt [<= 64 ranks, 128 bytes] in 3 stages
 //   --ldmatrix, mma--> registers --> y's tile in shared memory, updated in f32 and rounded once
@@ -17,7 +18,7 @@
 // the memory is the limit up to rank 256.
 #pragma once
 
-#include "kernels/grouped_lora/sm80/expert.cuh"
+#include "kernels/grouped_lora/sm80/core.cuh"
 #include "kernels/grouped_lora/sm80/tile.cuh"
 
 namespace milora::prefill {
@@ -34,39 +35,34 @@ __device__ __forceinline__ int hidden_at(int row, int piece) {
   return row * kMaxRank * static_cast<int>(sizeof(T)) + ((piece ^ (row & 7)) * kPieceBytes);
 }
 
-// Sums the splits of one tile's slice into shared memory, times the gates of the ranks. Ranks up to
-// the next multiple of 16 and rows that the tile has not are zeros.
+// S of one tile's slice into shared memory, rounded. Ranks up to the next multiple of 16 are zeros;
+// so are rows that the tile has not, unless there is a core: then they may be anything, which
+// nothing reads. `staged` is free for the core.
 template <class T>
-__device__ __forceinline__ void combine_splits(uint8_t* hidden, const GroupedLoraPoolParams& p,
-                                               const float* partials, const Tile& tile, int slice,
-                                               int rank) {
-  const int splits = num_splits(p.d_in);
+__device__ __forceinline__ void make_hidden(uint8_t* hidden, const GroupedLoraPoolParams& p,
+                                            const float* partials, const Tile& tile, int slice,
+                                            int rank, const uint8_t* core, CoreRows& staged) {
+  const auto target = [&](int row, int r) {
+    return reinterpret_cast<T*>(hidden + hidden_at<T>(row, r / kPieceItems<T>)) +
+           r % kPieceItems<T>;
+  };
+  if (core != nullptr) {
+    multiply_core<T>(p, partials, tile, slice, rank, core, staged,
+                     [&](int row, int k, float sum) { *target(row, k) = from_float<T>(sum); });
+    return;
+  }
   const int fours = static_cast<int>(ceil_div(rank, kRankBlock)) * (kRankBlock / 4);
   for (int i = threadIdx.x; i < kTileRows * fours; i += kThreads) {
     const int row = i / fours, r = i % fours * 4;
-    float sum[4] = {};
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
     if (row < tile.rows && r < rank) {
-      for (int split = 0; split < splits; ++split) {
-        // Sums past the rank are there, up to the block of 16, and are dropped below.
-        const float4 part = *reinterpret_cast<const float4*>(
-            partials + partial_row(p, split, slice, tile.first + row) + r);
-        sum[0] += part.x;
-        sum[1] += part.y;
-        sum[2] += part.z;
-        sum[3] += part.w;
-      }
-      if (p.rank_gates != nullptr) {
-        const float* gates = rank_gates_at(p, tile.first + row, slice) + r;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (r + j < rank) sum[j] *= gates[j];
-        }
-      }
+      sum = hidden_four(p, partials, tile.first + row, slice, rank, r);
     }
-    T* target =
-        reinterpret_cast<T*>(hidden + hidden_at<T>(row, r / kPieceItems<T>)) + r % kPieceItems<T>;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) target[j] = from_float<T>(r + j < rank ? sum[j] : 0.0f);
+    T* at = target(row, r);
+    at[0] = from_float<T>(sum.x);
+    at[1] = from_float<T>(sum.y);
+    at[2] = from_float<T>(sum.z);
+    at[3] = from_float<T>(sum.w);
   }
 }
 
@@ -152,11 +148,12 @@ __global__ void __launch_bounds__(kThreads)
         column_begin + kUnitColumns < d_out ? column_begin + kUnitColumns : d_out;
     const int64_t entry = tile.adapter * p.num_experts + p.expert[slice];
     const int rank = p.ranks[entry];
-    const int64_t* offset = p.offsets + entry * 4;
-    const uint8_t* bt = p.pool + offset[1];
+    const int64_t* offset = offsets_at(p, entry);
+    const uint8_t* bt = p.pool + offset[kPartBt];
+    const uint8_t* core = offset[kPartCore] >= 0 ? p.pool + offset[kPartCore] : nullptr;
     const int64_t bt_row = pool_row_bytes<T>(d_out);
-    const float* u = output_vector(p, offset[2], d_out);
-    const float* v = output_vector(p, offset[3], d_out);
+    const float* u = output_vector(p, offset[kPartU], d_out);
+    const float* v = output_vector(p, offset[kPartV], d_out);
     const float gate = p.gates[tile.route * p.num_experts + p.expert[slice]];
     const float scale = p.scales[entry];
     T* y = static_cast<T*>(p.y[slice]) + tile.first * p.y_stride[slice];
@@ -196,7 +193,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // the unit before may still read stages and S
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) load(step);
-    combine_splits<T>(hidden, p, workspace.partials, tile, slice, rank);
+    // The last stage is nobody's until the loop below fills it, after a barrier.
+    auto& staged = *reinterpret_cast<CoreRows*>(stages + (kStages - 1) * kExpandStageBytes);
+    make_hidden<T>(hidden, p, workspace.partials, tile, slice, rank, core, staged);
 
     ExpandSums<T> sums = {};
     for (int step = 0; step < steps; ++step) {

@@ -26,9 +26,11 @@ __device__ __forceinline__ bool is_active(const GroupedLoraPoolParams& p, int32_
   const int64_t entry = adapter * p.num_experts + expert;
   const int32_t rank = p.ranks[entry];
   if (rank <= 0 || rank > most_ranks(p)) return false;
-  const int64_t* offset = p.offsets + entry * 4;
-  return inside(offset[0], rank * pool_row_bytes<T>(p.d_in), p.pool_bytes) &&
-         inside(offset[1], rank * pool_row_bytes<T>(p.d_out[slice]), p.pool_bytes);
+  const int64_t* offset = offsets_at(p, entry);
+  return inside(offset[kPartA], rank * pool_row_bytes<T>(p.d_in), p.pool_bytes) &&
+         inside(offset[kPartBt], rank * pool_row_bytes<T>(p.d_out[slice]), p.pool_bytes) &&
+         (offset[kPartCore] < 0 ||
+          inside(offset[kPartCore], rank * pool_row_bytes<T>(rank), p.pool_bytes));
 }
 
 // u or v, or null where the adapter has none.

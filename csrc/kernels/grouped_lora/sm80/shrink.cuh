@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
         if (row >= 0 && row < rank_blocks * kRankBlock) {
           column.target = partial_row(p, split, s, tile.first) + row;
           if (row < rank) {
-            column.row = p.pool + p.offsets[entry * 4] + row * pool_row_bytes<T>(p.d_in);
+            column.row = p.pool + offsets_at(p, entry)[kPartA] + row * pool_row_bytes<T>(p.d_in);
           }
         }
         total += rank_blocks;

@@ -60,7 +60,7 @@ cudaError_t launch(const FusedLoraParams& p, const fused::Workspace& workspace,
   }
   if (error != cudaSuccess) return error;
   const unsigned finish_grid = prefill::persistent_grid(lora.num_tokens, processors, 8);
-  fused::finish_kernel<T><<<finish_grid, fused::kFinishThreads, 0, stream>>>(lora, workspace);
+  fused::finish_kernel<T><<<finish_grid, prefill::kThreads, 0, stream>>>(lora, workspace);
   const int64_t tiles =
       prefill::ceil_div(lora.num_tokens, fused::kRows) * prefill::ceil_div(d_out, fused::kColumns);
   fused::fused_kernel<T><<<prefill::persistent_grid(tiles, processors, 1), fused::kThreads,

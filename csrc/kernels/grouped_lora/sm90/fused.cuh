@@ -1,6 +1,6 @@
 // The base module and its experts in one product (sm_90a):
 //
-//   y_t = y0 + g (u y0 + v) + sum_r S_tr Bt_r,   y0 = W x_t + bias,   S_t = g scale A x_t
+//   y_t = y0 + g (u y0 + v) + sum_r S_tr Bt_r,   y0 = W x_t + bias,   S_t = g scale C A x_t
 //
 // S comes from the prefill's shrink (rounded to x's dtype by finish_kernel). Then one matrix
 // product writes y once: rank is more depth. After the d_in / 64 steps of x and W an output tile
@@ -26,34 +26,42 @@
 
 #include "kernels/cuda/tensor_core.cuh"
 #include "kernels/cuda/wgmma.cuh"
-#include "kernels/grouped_lora/sm80/expert.cuh"
+#include "kernels/grouped_lora/sm80/core.cuh"
 #include "kernels/grouped_lora/sm90/config.h"
 
 namespace milora::fused {
 
-constexpr int kFinishThreads = 128;
-
-// S = gate scale sum of partials, one tile of the plan a block at a time. Bytes: partials once, a
-// sixteenth of x at rank 32.
+// S = gate scale C (sum of partials), one tile of the plan a block at a time. Bytes: partials once,
+// a sixteenth of x at rank 32.
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(prefill::kThreads)
     finish_kernel(const __grid_constant__ GroupedLoraPoolParams p, Workspace workspace) {
-  const int splits = prefill::num_splits(p.d_in);
+  __shared__ prefill::CoreRows staged;
+  const float* partials = workspace.shrink.partials;
+  T* hidden = static_cast<T*>(workspace.hidden);
   for (int index = blockIdx.x; index < workspace.shrink.counts->tiles; index += gridDim.x) {
     const prefill::Tile tile = workspace.shrink.tiles[index];
     const int64_t entry = tile.adapter * p.num_experts + p.expert[0];
     const int rank = p.ranks[entry];
+    const int64_t core = offsets_at(p, entry)[kPartCore];
     const float factor = p.gates[tile.route * p.num_experts + p.expert[0]] * p.scales[entry];
-    const int padded = static_cast<int>(ceil_div(rank, prefill::kRankBlock)) * prefill::kRankBlock;
-    for (int i = threadIdx.x; i < tile.rows * padded; i += kFinishThreads) {
-      const int64_t token = tile.first + i / padded;
-      const int r = i % padded;
-      float sum = 0;
-      for (int split = 0; split < splits; ++split) {
-        sum += workspace.shrink.partials[prefill::partial_row(p, split, 0, token) + r];
-      }
-      static_cast<T*>(workspace.hidden)[token * kMaxRank + r] =
+    const auto put = [&](int row, int r, float sum) {
+      hidden[(tile.first + row) * int64_t{kMaxRank} + r] =
           from_float<T>(r < rank ? factor * sum : 0.0f);
+    };
+    if (core >= 0) {
+      prefill::multiply_core<T>(p, partials, tile, 0, rank, p.pool + core, staged, put);
+      continue;
+    }
+    const int padded = static_cast<int>(ceil_div(rank, prefill::kRankBlock)) * prefill::kRankBlock;
+    const int splits = prefill::num_splits(p.d_in);
+    for (int i = threadIdx.x; i < tile.rows * padded; i += prefill::kThreads) {
+      const int row = i / padded, r = i % padded;
+      float sum = 0;
+      for (int split = 0; split < splits && r < rank; ++split) {
+        sum += partials[prefill::partial_row(p, split, 0, tile.first + row) + r];
+      }
+      put(row, r, sum);
     }
   }
 }
@@ -87,9 +95,9 @@ template <class T>
 __device__ __forceinline__ Expert<T> expert_of(const GroupedLoraPoolParams& p,
                                                const Segment& segment) {
   const int64_t entry = segment.adapter * p.num_experts + p.expert[0];
-  const int64_t* offset = p.offsets + entry * 4;
-  return {p.pool + offset[1], prefill::output_vector(p, offset[2], p.d_out[0]),
-          prefill::output_vector(p, offset[3], p.d_out[0]), p.ranks[entry],
+  const int64_t* offset = offsets_at(p, entry);
+  return {p.pool + offset[kPartBt], prefill::output_vector(p, offset[kPartU], p.d_out[0]),
+          prefill::output_vector(p, offset[kPartV], p.d_out[0]), p.ranks[entry],
           p.gates[segment.route * p.num_experts + p.expert[0]]};
 }
 

@@ -18,8 +18,8 @@ constexpr int kTableSize = 64;
 struct PackedPool {
   uint8_t* bytes;
   int64_t num_bytes;
-  int64_t* offsets;  // [num_adapters, 1, 4]
-  int64_t* reverse;  // [num_adapters, 1, 4]
+  int64_t* offsets;  // [num_adapters, 1, kNumParts]
+  int64_t* reverse;  // [num_adapters, 1, kNumParts]
   int32_t* ranks;    // [num_adapters, 1]
   float* scales;     // [num_adapters, 1]
 };
@@ -48,8 +48,8 @@ inline PackedPool lay_out_pool(const LoraWeights* adapters, int64_t num_adapters
     pool.num_bytes += matrix_bytes(rank, d_in, dtype) + matrix_bytes(rank, d_out, dtype);
   }
   pool.bytes = cutter->take<uint8_t>(pool.num_bytes);
-  pool.offsets = cutter->take<int64_t>(num_adapters * 4);
-  pool.reverse = cutter->take<int64_t>(num_adapters * 4);
+  pool.offsets = cutter->take<int64_t>(num_adapters * kNumParts);
+  pool.reverse = cutter->take<int64_t>(num_adapters * kNumParts);
   pool.ranks = cutter->take<int32_t>(num_adapters);
   pool.scales = cutter->take<float>(num_adapters);
   return pool;

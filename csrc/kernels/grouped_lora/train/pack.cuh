@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t adapter = table.first + index;
   pool.ranks[adapter] = weights.rank;
   pool.scales[adapter] = weights.scale;
-  int64_t* forward = pool.offsets + 4 * adapter;
-  int64_t* reverse = pool.reverse + 4 * adapter;
-  forward[0] = reverse[1] = table.a_at[index];
-  forward[1] = reverse[0] = table.bt_at[index];
-  forward[2] = forward[3] = reverse[2] = reverse[3] = -1;
+  int64_t* forward = pool.offsets + kNumParts * adapter;
+  int64_t* reverse = pool.reverse + kNumParts * adapter;
+  for (int part = 0; part < kNumParts; ++part) forward[part] = reverse[part] = -1;
+  forward[kPartA] = reverse[kPartBt] = table.a_at[index];
+  forward[kPartBt] = reverse[kPartA] = table.bt_at[index];
 }
 
 // out [num_rows, width], contiguous, from rows at any stride (cudaMemcpy2D refuses those of an

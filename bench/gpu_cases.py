@@ -5,6 +5,7 @@ G1 to G5 are ratios that must be reached; each kernel has a row in bench/results
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 LLAMA_7B = "4096,32,32,11008,32000"  # hidden, layers, heads, intermediate, vocab
@@ -111,16 +112,17 @@ class Kernel:
     """A row of GPU.md.
 
     `title` is what lines call it; `tests` matches the ids of the tests that show it to be correct
-    on a GPU; it runs on GPUs of compute capability `first` to `last` (90 is 9.0).
+    on a GPU; `runs_on` takes a compute capability (90 is 9.0).
     """
 
     title: str
     tests: str
-    first: int = 80
-    last: int = 999
+    runs_on: Callable[[int], bool] = lambda capability: True
 
-    def runs_on(self, capability: int) -> bool:
-        return self.first <= capability <= self.last
+
+def has_clusters(capability: int) -> bool:
+    """As MILORA_DECODE_BY_CLUSTERS."""
+    return 90 <= capability < 120
 
 
 DECODE_TESTS = (
@@ -135,10 +137,16 @@ PREFILL_TESTS = (
 TRAIN_TESTS = r"test_grouped_lora::test_train|test_cuda_graphs::test_training"
 ROUTER_TESTS = r"test_prompt_router::|test_cuda_graphs::test_prompt_router"
 KERNELS = {
-    "decode_cluster": Kernel("grouped_lora_, decode: clusters (9.0 on)", DECODE_TESTS, first=90),
-    "decode_split": Kernel("grouped_lora_, decode: two launches", DECODE_TESTS, last=89),
+    "decode_cluster": Kernel(
+        "grouped_lora_, decode: clusters (9.0, 10.x)", DECODE_TESTS, has_clusters
+    ),
+    "decode_split": Kernel(
+        "grouped_lora_, decode: two launches", DECODE_TESTS, lambda c: not has_clusters(c)
+    ),
     "prefill": Kernel("grouped_lora_, prefill", PREFILL_TESTS),
-    "fused_lora": Kernel("fused_lora (9.0)", r"test_fused_lora::|::test_fused_lora", 90, 90),
+    "fused_lora": Kernel(
+        "fused_lora (9.0)", r"test_fused_lora::|::test_fused_lora", lambda c: c == 90
+    ),
     "train_forward": Kernel("grouped_lora, forward", TRAIN_TESTS),
     "train_backward": Kernel("grouped_lora, backward", TRAIN_TESTS),
     "router_forward": Kernel("prompt_router, forward", ROUTER_TESTS),
@@ -151,5 +159,4 @@ KERNELS = {
 
 
 def decode_kernel(capability: int) -> str:
-    """Of decode.cu: what has clusters uses them."""
-    return "decode_cluster" if capability >= 90 else "decode_split"
+    return "decode_cluster" if has_clusters(capability) else "decode_split"

@@ -8,6 +8,7 @@
 #include "cuda_harness.h"
 #include "cutlass_grouped.h"
 #include "kernels/grouped_lora/decode/decode.h"
+#include "kernels/grouped_lora/decode/plan.h"
 #include "kernels/grouped_lora/fused.h"
 #include "kernels/grouped_lora/prefill.h"
 
@@ -27,7 +28,7 @@ struct Case {
 const char* kernel_of(const Case& c) {
   if (c.path == Path::kFused) return "fused_lora";
   if (c.path == Path::kPrefill) return "prefill";
-  return gpu().capability >= 90 ? "decode_cluster" : "decode_split";
+  return MILORA_DECODE_BY_CLUSTERS(gpu().capability / 10) ? "decode_cluster" : "decode_split";
 }
 
 std::string name_of(const Case& c) {

@@ -1,4 +1,4 @@
-// grouped_lora_ for few rows per adapter, sm90:                                            [eq. 1]
+// grouped_lora_ for few rows per adapter, sm90 and sm100:                                  [eq. 1]
 //   y_s[t] += g (s B C (rg * A x_t) + u y_s[t] + v)
 //
 // Work. An item is a group of up to 8 neighbouring rows of one adapter in one slice (items.cuh); a
@@ -202,7 +202,7 @@ struct BlockWork {
 template <class T>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_cluster_kernel(const __grid_constant__ GroupedLoraPoolParams p) {
-#ifdef MILORA_SM90
+#if !defined(__CUDA_ARCH__) || MILORA_DECODE_BY_CLUSTERS(__CUDA_ARCH__ / 100)
   ClusterShared& shared = *static_cast<ClusterShared*>(dynamic_shared());
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) barrier_init(&shared.filled[i]);

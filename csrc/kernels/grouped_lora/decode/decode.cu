@@ -1,4 +1,4 @@
-// Launches of the decode kernels: one cluster launch on sm90, two launches elsewhere.
+// Launches of the decode kernels: one cluster launch on sm90 and sm100, two launches elsewhere.
 #include <algorithm>
 #include <atomic>
 
@@ -13,6 +13,8 @@ constexpr int kMaxDevices = 64;
 
 struct Device {
   int index = 0, major = 0, processors = 0;
+
+  bool by_clusters() const { return MILORA_DECODE_BY_CLUSTERS(major); }
 };
 
 cudaError_t current_device(Device* device) {
@@ -111,7 +113,7 @@ cudaError_t launch_split(const GroupedLoraPoolParams& params, const Device& devi
 
 int64_t grouped_lora_decode_workspace(const GroupedLoraPoolParams& p) {
   Device device;
-  if (current_device(&device) == cudaSuccess && device.major >= 9) return 0;
+  if (current_device(&device) == cudaSuccess && device.by_clusters()) return 0;
   GroupedLoraPoolParams slab = p;
   const int64_t tokens = std::min<int64_t>(p.num_tokens, kSlabTokens);
   return split_sums_at(slab, tokens, 0) * static_cast<int64_t>(sizeof(float));
@@ -124,7 +126,7 @@ int grouped_lora_decode_cuda(const GroupedLoraPoolParams& params, void* workspac
   if (error != cudaSuccess) return static_cast<int>(error);
   const int launched = dispatch_device_type(params.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    error = device.major >= 9
+    error = device.by_clusters()
                 ? launch_cluster<T>(params, device, stream)
                 : launch_split<T>(params, device, static_cast<float*>(workspace), stream);
   });

@@ -6,8 +6,8 @@
 namespace milora {
 
 #ifdef MILORA_CUDA
-// Bytes of device memory that a call needs on the current device, 0 on sm90. A function of the
-// host-known sizes alone, so that a captured graph may keep its workspace.
+// Bytes of device memory that a call needs on the current device, 0 where clusters serve. A
+// function of the host-known sizes alone, so that a captured graph may keep its workspace.
 int64_t grouped_lora_decode_workspace(const GroupedLoraPoolParams& params);
 
 // Launches on `stream` (a cudaStream_t) without synchronising; returns a cudaError_t. `workspace`

@@ -11,9 +11,14 @@
 #include "common/macros.h"
 #include "kernels/grouped_lora/params.h"
 
+// Which form a compute capability has, cluster.cuh's or split.cuh's: 9.x to 11.x have clusters and
+// 227 KB of shared memory for a block; 12.x has clusters and 99 KB, too few for the 107 of that
+// form.
+#define MILORA_DECODE_BY_CLUSTERS(major) ((major) >= 9 && (major) < 12)
+
 namespace milora {
 
-constexpr int kLoraSplits = 8;    // the largest cluster that every sm90 part can place
+constexpr int kLoraSplits = 8;    // the largest cluster that every part with clusters can place
 constexpr int kGroupRows = 8;     // rows that share the weights once these are on the chip
 constexpr int kTileRanks = 16;    // with the next: 16 KB, and 4 vectors in flight per thread
 constexpr int kTileVectors = 64;  // 8 warps times 8 lanes

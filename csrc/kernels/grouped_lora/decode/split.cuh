@@ -1,5 +1,5 @@
-// grouped_lora_ for few rows per adapter, before sm90: without clusters the 8 blocks of an item
-// cannot wait for each other, so the two products are two launches.
+// grouped_lora_ for few rows per adapter, before sm90 and on sm120: without clusters the 8 blocks
+// of an item cannot wait for each other, so the two products are two launches.
 //
 // shrink: block i of an item multiplies its share of A with its share of x and leaves rank x rows
 // sums in the workspace. expand: every block adds the 8 sums in order, multiplies by the expert's
@@ -13,11 +13,6 @@
 #include "kernels/grouped_lora/decode/math.cuh"
 
 namespace milora {
-
-// sm90 has the cluster form and never calls this one.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
-#define MILORA_SPLIT_FORM 1
-#endif
 
 constexpr int kSlabTokens = 1024;  // tokens of a launch: bounds the workspace
 
@@ -105,7 +100,7 @@ __device__ __forceinline__ void split_expand(const GroupedLoraPoolParams& p, con
 template <class T, bool kExpand>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_split_kernel(const __grid_constant__ GroupedLoraPoolParams p, float* sums) {
-#ifdef MILORA_SPLIT_FORM
+#if !defined(__CUDA_ARCH__) || !MILORA_DECODE_BY_CLUSTERS(__CUDA_ARCH__ / 100)
   __shared__ ItemList list;
   __shared__ float warp_sums[kExpand ? 1 : kDecodeWarps][kTileRanks][kGroupRows];
   __shared__ float hidden[kMaxRank][kGroupRows];  // the shrink's: this block's sums

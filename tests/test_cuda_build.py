@@ -166,6 +166,21 @@ def test_the_library_loads_beside_a_torch_without_cuda(objects, tmp_path):
     assert done.stdout.split() == [f"{arch.removeprefix('sm_')}-real" for arch in ARCHS]
 
 
+@pytest.mark.parametrize("archs", ["90-real", "80", "90a-real;native"])
+def test_architectures_that_would_lack_instructions_are_refused(archs, tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        pytest.skip("needs cmake")
+    options = ["-DMILORA_BENCH=ON", "-DMILORA_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={archs}"]
+    done = subprocess.run(
+        [cmake, "-S", ROOT, "-B", tmp_path, *options], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert f"90a-real for 9.0, got '{archs.split(';')[-1]}'" in message
+
+
 @pytest.fixture(scope="module")
 def sass(objects) -> dict[tuple[str, str], list[str]]:
     """(architecture, demangled kernel) -> its instructions."""

@@ -245,21 +245,24 @@ def test_they_stay_for_their_users_and_then_go_by_age(tmp_path, xs, folders):
 
 
 def test_host_memory(xs):
-    """Room for one set and two adapters: what is used together is there together."""
-    with pool_of(build("llama"), 2 * BYTES, host_bytes=BYTES + 2 * OWN, max_resident=8) as pool:
-        registered(pool, {name: xs[name] for name in "abcd"})
-        with pool.acquire(list("abcd")):
-            assert pool.statistics().host_used <= BYTES + 2 * OWN
-            reads = pool.statistics().disk_reads
-            assert reads == 2 * 4  # for its digest, and to be packed
-        for name in "abcd":
-            pool.evict(name)
-        pool.load("d")
-        assert pool.statistics().disk_reads == reads  # it was the last one to be read
+    """A set and its first user are there together. All are read for their digests, one again for
+    the set, and those again whose own bytes had to make room for it."""
+    for room, reads in ((4, 4 + 1), (2, 4 + 4), (1, 4 + 4)):
+        limit = BYTES + room * OWN
+        with pool_of(build("llama"), 2 * BYTES, host_bytes=limit, max_resident=8) as pool:
+            registered(pool, {name: xs[name] for name in "abcd"})
+            with pool.acquire(list("abcd")):
+                assert pool.statistics().host_used <= limit
+                assert pool.statistics().disk_reads == reads
+            for name in "abcd":
+                pool.evict(name)
+            pool.load("d")
+            assert pool.statistics().disk_reads == reads  # it was the last one to be packed
     with registered(new_pool(build("llama"), host_bytes=BYTES), {"a": xs["a"]}) as pool:
         with pytest.raises(PoolError, match=rf"'a' needs {BYTES + OWN:,} bytes of host memory"):
             pool.load("a")
-        assert pool.statistics().device_used == pool.statistics().host_used == 0
+        stats = pool.statistics()
+        assert (stats.device_used, stats.host_used, stats.in_use) == (0, OWN, 0)
 
 
 def test_adapters_from_memory_keep_one_copy(xs):
@@ -451,3 +454,15 @@ def test_a_failed_copy_gives_the_room_back(xs, monkeypatch):
         assert (stats.device_used, stats.shared_sets, stats.in_use) == (0, 0, 0)
         pool.acquire(["a", "b"]).release()
         assert resident(pool) == "ab" and pool.statistics().shared_sets == 1
+
+
+def test_first_use_by_many_threads_reads_it_once(xs):
+    """Once for the digest, and once more to bring the factors."""
+    with registered(new_pool(build("llama"), max_resident=8), {n: xs[n] for n in "ab"}) as pool:
+        with ThreadPoolExecutor(8) as threads:
+            leases = list(threads.map(lambda _: pool.acquire(["a", "b"]), range(8)))
+        assert pool.statistics().disk_reads == 2 + 1 and pool.statistics().loads == 2
+        for lease in leases:
+            lease.release()
+        pool.unregister("b")
+        assert pool.statistics().shared_saved == 0

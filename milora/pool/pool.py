@@ -64,7 +64,8 @@ class AdapterPool:
 
     Kinds that train nothing but a core between A and B (LoRA-XS, LoRA-SB, LoLDU) share A and B with
     every adapter that has the same bytes there: in both budgets these count once, beside a core for
-    each adapter. The first use of such an adapter reads it once more, to learn what it can share.
+    each adapter. The first use of such an adapter reads it before it is loaded, to learn what it
+    can share.
 
     Args:
         model: a model that `milora.attach` takes, on one device. Adapters that are attached to it

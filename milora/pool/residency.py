@@ -12,10 +12,10 @@ free of deadlocks and of false failures:
 - Weights are read and checked before anything is evicted for them.
 
 Factors that adapters share are known by the digest of their bytes. The first use of an adapter
-reads it once for that, before any place is taken: what a working set needs is then exact. The
-adapter that finds its factors absent claims and brings them, and all that need them wait for it. An
-adapter's every reading is compared with the digest, so a wrong or changed file never gets, nor
-becomes, the factors of others.
+reads it for that, before any place is taken: what a working set needs is then exact. The adapter
+that finds its factors absent claims and brings them, which means reading it again, and all that
+need them wait for it. Each reading is compared with the digest, so a wrong or changed file never
+gets, nor becomes, the factors of others.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Residency:
         except BaseException:
             with self.changed:
                 del self.entries[entry.name]
+                self.host.drop(entry.name)
             raise
         finally:
             with self.changed:
@@ -148,29 +149,61 @@ class Residency:
         return entries
 
     def _identify_all(self, names: list[str]) -> None:
-        with self.changed:
-            unknown = [entry for name in names if is_unknown(entry := self.known(name))]
-        try:
-            for entry in unknown:
-                self._identify(entry, entry.source)
-        except BaseException:
+        """Learn which factors adapters need; one at a time, each claimed as for loading."""
+        for name in names:
             with self.changed:
-                self.counts["failures"] += 1
-            raise
+                while is_unknown(entry := self.known(name)) and entry.is_loading:
+                    self.changed.wait()
+                    self.check_open()
+                if not is_unknown(entry):
+                    continue
+                entry.is_loading = True
+                self._loading[name] = entry
+            try:
+                self._identify(entry, entry.source)
+            except BaseException:
+                with self.changed:
+                    self.counts["failures"] += 1
+                raise
+            finally:
+                with self.changed:
+                    self._end_claim((entry, None))
+                    self.changed.notify_all()
 
     def _identify(self, entry: Entry, source: Source) -> None:
-        """Learn which factors an adapter needs, if its kind has any, by reading it."""
+        """Learn which factors a claimed adapter needs, if its kind has any, by reading it. What it
+        has beside them stays in host memory where there is room: with luck nothing is read again.
+        """
         if not entry.factors_bytes:
             return
-        digest = source.pack(None, None)
+        key = entry.name
         with self.changed:
+            try:
+                room = self.host.claim(key, {key: self.memory.blob_bytes(entry.num_bytes)})
+            except PoolError:  # said when it is loaded
+                room = None
+        is_absent = room is not None and room[key] is None
+        try:
+            blob = self.memory.new_blob(entry.num_bytes) if is_absent else None
+            digest = source.pack(blob, None)
+        except BaseException:
+            with self.changed:
+                if room is not None:
+                    self.host.release(key)
+                if is_absent:
+                    self.host.drop(key)
+            raise
+        with self.changed:
+            if blob is not None:
+                self.host.fill(key, blob)
+            if room is not None:
+                self.host.release(key)
             self.counts["disk_reads"] += source is entry.source
-            if entry.factors is None:
-                factors = self._factors.get(digest)
-                if factors is None:
-                    runs = self.layouts.of(entry.config).factors
-                    factors = self._factors[digest] = Factors(digest, runs)
-                entry.factors = factors
+            factors = self._factors.get(digest)
+            if factors is None:
+                runs = self.layouts.of(entry.config).factors
+                factors = self._factors[digest] = Factors(digest, runs)
+            entry.factors = factors
 
     def done(self, entries: list[Entry], *, lease: bool) -> None:
         with self.changed:

@@ -42,13 +42,15 @@ RUNTIME = "_milora_runtime"  # attribute of a model: its `Runtime`
 class Local(threading.local):
     """What belongs to the thread that runs a forward. Copies of a model start with a fresh one."""
 
-    call: Call | None = None
-    pinned: RoutingState | None = None
-    prompt_lengths: Any = None
-    generation: Any = None
-    disabled: bool = False
-    adapter_names: list | None = None  # of forwards and generate() calls that name none themselves
-    collected: Collected | None = None
+    def __init__(self) -> None:  # runs in every thread
+        # No defaults in the class: torch.compile of torch 2.10 would read those instead.
+        self.call: Call | None = None
+        self.pinned: RoutingState | None = None
+        self.prompt_lengths: Any = None
+        self.generation: Any = None
+        self.disabled = False
+        self.adapter_names: list | None = None  # of calls that name none themselves
+        self.collected: Collected | None = None
 
     def __deepcopy__(self, memo: dict) -> Local:
         return Local()
@@ -207,7 +209,8 @@ class Runtime:
         cache = call.cache if call.cache is not None else _get(output, "past_key_values")
         if cache is not None:
             follow_cache(cache, state.detached())
-            cache.__dict__.pop(prompts.PENDING, None)
+            if hasattr(cache, prompts.PENDING):  # and no `__dict__.pop`: dynamo stops there
+                delattr(cache, prompts.PENDING)
         if self.is_encoder_decoder and module is not self.model and hasattr(output, "keys"):
             setattr(output, ROUTE, state)
         if state.complete:

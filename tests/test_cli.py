@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from text_model import save_tiny_model, sums, write_jsonl
+from text_model import byte_tokenizer, save_tiny_model, sums, write_jsonl
 
 import milora
 import milora.cli
@@ -178,6 +180,43 @@ def test_a_resumed_run_refuses_changed_data(home, tmp_path, capsys):
     write_jsonl(tmp_path / "data.jsonl", sums(9))
     assert main(["train", "--resume", "--output", str(tmp_path / "a")]) == 2
     assert f"these files have changed since the run began: {data}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 6, "log_'])
+def test_resuming_leaves_out_a_checkpoint_that_was_not_finished(home, tmp_path, capsys, state):
+    """A full disk or a killed process ends a checkpoint anywhere; Trainer writes its state last."""
+    copy, output = Path(home.adapter), tmp_path / "copy"
+    shutil.copytree(copy, output)
+    last = output / "checkpoint-6" / "trainer_state.json"
+    last.unlink() if state is None else last.write_text(state)
+    assert main(["train", "--resume", "--output", str(output), "--no-plot"]) == 0
+    assert f"{last.parent} is incomplete and left out" in capsys.readouterr().err
+    mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (output, copy))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert json.loads(last.read_text())["global_step"] == 6
+
+
+def test_texts_end_where_the_models_positions_do(tmp_path, capsys):
+    """Past them a table of positions has no row: an IndexError, on a GPU a lost device."""
+    config = transformers.GPT2Config(
+        vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=24, eos_token_id=2
+    )
+    model, new = str(tmp_path / "gpt2"), str(tmp_path / "new")
+    transformers.GPT2LMHeadModel(config).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    rows = [{"prompt": "x" * n, "completion": "y" * 20} for n in (3, 9, 30)]
+    data = write_jsonl(tmp_path / "long.jsonl", rows * 4)
+    argv = ["train", "--model", model, "--data", data, "--output", new, "--rank", "2", "--no-plot"]
+    assert main([*argv, "--max-steps", "2"]) == 0
+    err = capsys.readouterr().err
+    assert "train: 4 answers cut at 24 tokens, which are all that the model takes" in err
+    assert "train: 4 examples left out, whose prompts alone have 24 tokens or more" in err
+    argv = ["generate", "--model", model, "--adapter", new, "--prompt"]
+    answers = run_json(capsys, [*argv, "x" * 20])["answers"]
+    assert answers[0]["new_tokens"] <= 4
+    for command in (argv, ["inspect", new, "--model", model, "--prompt"]):
+        assert main([*command, "x" * 24]) == 2
+        assert "the prompt has 24 tokens, and the model takes 24" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -406,6 +445,26 @@ def test_too_little_memory_is_said_before_loading(home, capsys, monkeypatch, tmp
         monkeypatch.setattr("milora.cli.inspect.run", _raiser(error))
         assert main(["inspect", "x"]) == 2
         assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_full_disk_is_said_in_words(monkeypatch, capsys):
+    def full_disk(write):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            write()
+        return caught.value
+
+    errors = [
+        full_disk(lambda: Path("/dev/full").write_text("x")),
+        full_disk(lambda: torch.save(torch.zeros(9999), "/dev/full")),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ]
+    for error in errors:
+        monkeypatch.setattr("milora.cli.inspect.run", _raiser(error))
+        assert main(["inspect", "x"]) == 2
+        assert "the disk is full" in capsys.readouterr().err
 
 
 def _raiser(error: Exception):

@@ -118,10 +118,13 @@ def _check_json_target(target: str | None) -> None:
 
 
 def _report_failure(error: Exception, debug: bool) -> int:
-    from milora.cli.memory import out_of_memory
+    from milora.cli.memory import out_of_disk, out_of_memory
 
     if debug:
         traceback.print_exc()
+    if out_of_disk(error):
+        print("milora: error: a file could not be written: the disk is full", file=sys.stderr)
+        return EXIT_USAGE
     if out_of_memory(error):
         print(
             "milora: error: out of memory; use a smaller --batch-size or --max-length, "

@@ -9,6 +9,7 @@ from milora.cli.console import add_json_option, check_writable_folder, note, wri
 from milora.cli.models import add_model_options, load_adapter, load_model, user_errors
 from milora.cli.prompts import (
     add_prompt_options,
+    encode_prompts,
     make_encoder,
     read_given_prompts,
     route_of_prompts,
@@ -52,8 +53,8 @@ def run(namespace: argparse.Namespace) -> int:
     model, tokenizer = load_model(namespace.model, namespace.dtype, namespace.device)
     load_adapter(model, namespace.adapter)
     if state is None:
-        ids = make_encoder(namespace, tokenizer).prompt(prompts[0])
-        state = route_of_prompts(model, [ids], pad=0)[0]
+        ids = encode_prompts(model, make_encoder(namespace, tokenizer), prompts)
+        state = route_of_prompts(model, ids, pad=0)[0]
     check_writable_folder(output)
     with user_errors(ValueError):
         milora.export_route(model, state, output)

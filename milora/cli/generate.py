@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from milora.cli.console import add_json_option, progress, write_json
-from milora.cli.models import add_model_options, load_adapter, load_model
+from milora.cli.console import add_json_option, note, progress, write_json
+from milora.cli.models import add_model_options, load_adapter, load_model, max_positions
 from milora.cli.prompts import (
     add_prompt_options,
     batches,
+    encode_prompts,
     make_encoder,
     read_given_prompts,
     text_of,
@@ -60,8 +61,8 @@ def run(namespace: argparse.Namespace) -> int:
     model, tokenizer = load_model(namespace.model, namespace.dtype, namespace.device)
     if namespace.adapter:
         load_adapter(model, namespace.adapter)
-    encoder = make_encoder(namespace, tokenizer)
-    answers = _answer(model, tokenizer, [encoder.prompt(p) for p in prompts], namespace)
+    encoded = encode_prompts(model, make_encoder(namespace, tokenizer), prompts)
+    answers = _answer(model, tokenizer, encoded, namespace)
     for prompt, answer in zip(prompts, answers, strict=True):
         answer["prompt"] = text_of(prompt)
     if namespace.json != "-":
@@ -74,8 +75,10 @@ def _answer(model, tokenizer, prompts: list[list[int]], namespace) -> list[dict[
     from milora.data.collator import pad_token_id
 
     pad = pad_token_id(tokenizer)
+    asked, most = namespace.max_new_tokens, max_positions(model)
+    if most is not None and max(map(len, prompts)) + asked > most:
+        note(f"the model takes {most} tokens of prompt and answer; answers may be shorter for it")
     options: dict[str, Any] = {
-        "max_new_tokens": namespace.max_new_tokens,
         "num_beams": namespace.beams,
         "do_sample": namespace.temperature > 0,
         "pad_token_id": pad,
@@ -86,6 +89,8 @@ def _answer(model, tokenizer, prompts: list[list[int]], namespace) -> list[dict[
     with progress("answering", len(prompts)) as bar:
         for places, batch in batches(prompts, namespace.batch_size, pad):
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            room = asked if most is None else most - batch["input_ids"].shape[1]
+            options["max_new_tokens"] = min(asked, room)
             tokens, state = _generate(model, batch, options, record=namespace.routes)
             new = tokens[:, batch["input_ids"].shape[1] :].tolist()
             for row, place in enumerate(places):

@@ -11,6 +11,7 @@ from milora.cli.console import add_json_option, note, print_table, write_json
 from milora.cli.models import load_adapter, load_model
 from milora.cli.prompts import (
     add_prompt_options,
+    encode_prompts,
     make_encoder,
     read_prompt_groups,
     route_of_prompts,
@@ -113,7 +114,7 @@ def _draw_routing(base: str, groups: dict[str, list], namespace) -> dict[str, An
     encoder = make_encoder(namespace, tokenizer)
     panels, shares = [], {}
     for name, prompts in groups.items():
-        ids = [encoder.prompt(prompt) for prompt in prompts]
+        ids = encode_prompts(model, encoder, prompts)
         routes = route_of_prompts(model, ids, pad_token_id(tokenizer))
         values = sum(route.gates[:, 0] > 0 for route in routes).float() / len(routes)
         shares[name] = {

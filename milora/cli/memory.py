@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from pathlib import Path
 
 from milora.errors import UserError
@@ -49,6 +51,15 @@ def check_memory(needed: int, device: str, what: str) -> None:
 
 def gibibytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 // 10 else f"{count / 2**20:.1f} MiB"
+
+
+def out_of_disk(error: BaseException) -> bool:
+    """Whether a file could not be written for want of space."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors says it in words; torch.save only that its file is shorter than what it wrote.
+    words = os.strerror(errno.ENOSPC), "inline_container.cc"
+    return any(part in str(error) for part in words)
 
 
 def out_of_memory(error: BaseException) -> bool:

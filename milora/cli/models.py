@@ -141,6 +141,15 @@ def load_adapter(model, adapter: str) -> None:
         milora.load(model, adapter)
 
 
+def max_positions(model) -> int | None:
+    """Tokens that a text may have, prompt and answer together; None: the model names no limit.
+
+    Past it a table of positions has no row (GPT-2, OPT), and rotary models were never trained.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def quiet() -> None:
     """transformers' own bars and advice would drown the command's output."""
     import transformers

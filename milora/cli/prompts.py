@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from milora.cli.models import max_positions
 from milora.data import Encoder, Example, read_prompts
 from milora.errors import UserError
 
@@ -73,6 +74,23 @@ def make_encoder(namespace: argparse.Namespace, tokenizer) -> Encoder:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --chat-template: {error}") from None
     return Encoder(tokenizer, template)
+
+
+def encode_prompts(model, encoder: Encoder, prompts: Sequence[Example]) -> list[list[int]]:
+    """The prompts' token ids.
+
+    Raises:
+        UserError: a prompt cannot be encoded, or leaves the model no position for an answer.
+    """
+    encoded = [encoder.prompt(prompt) for prompt in prompts]
+    most = max_positions(model)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if most is not None and len(ids) >= most:
+            raise UserError(
+                f"{prompt.where}: the prompt has {len(ids)} tokens, and the model takes {most} of "
+                "prompt and answer"
+            )
+    return encoded
 
 
 def text_of(example: Example) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from milora.cli.console import add_json_option, check_writable_folder, note, write_json
 from milora.cli.memory import BYTES_PER_TRAINED_PARAMETER, check_memory
-from milora.cli.models import load_model, user_errors
+from milora.cli.models import load_model, max_positions, user_errors
 from milora.cli.train_options import TrainOptions, add_train_options, resolve, save_options
 from milora.errors import UserError
 
@@ -50,7 +51,7 @@ def run(namespace: argparse.Namespace) -> int:
 
     transformers.set_seed(options.seed)
     model, tokenizer = load_model(options.model, options.dtype, options.device)
-    data = _encode(examples, options, tokenizer)
+    data = _encode(examples, options, tokenizer, max_positions(model))
     _attach(model, options)
     trainer, stop, bar = _make_trainer(model, tokenizer, data, options)
     started = time.perf_counter()
@@ -94,21 +95,27 @@ def _read_files(options: TrainOptions) -> dict[str, Any]:
     return files
 
 
-def _encode(files: dict[str, Any], options: TrainOptions, tokenizer) -> _Data:
+def _encode(
+    files: dict[str, Any], options: TrainOptions, tokenizer, positions: int | None
+) -> _Data:
+    """Encode and split; texts end at --max-length or, where that is less, at `positions`."""
     import torch
 
     from milora.data import EncodedDataset, Encoder, encode_examples
 
     encoder = Encoder(tokenizer, files.pop("template", None))
+    limit, why = options.max_length, f"--max-length {options.max_length}"
+    if positions is not None and positions < limit:
+        limit, why = positions, f"{positions} tokens, which are all that the model takes"
     encoded = {}
     for name, examples in files.items():
-        encoded[name] = data = encode_examples(examples, encoder, options.max_length)
+        encoded[name] = data = encode_examples(examples, encoder, limit)
         if data.truncated:
-            note(f"{name}: {data.truncated} answers cut at --max-length {options.max_length}")
+            note(f"{name}: {data.truncated} answers cut at {why}")
         if data.dropped:
             note(
                 f"{name}: {len(data.dropped)} examples left out, whose prompts alone have "
-                f"{options.max_length} tokens or more; the first is {data.dropped[0]}"
+                f"{limit} tokens or more; the first is {data.dropped[0]}"
             )
     train, dev = encoded["train"], encoded.get("dev")
     if dev is None and options.dev_share > 0:
@@ -251,12 +258,19 @@ def _refuse_old_run(output: Path) -> None:
 
 
 def _last_checkpoint(output: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+    """The newest checkpoint that was written to its end.
 
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if checkpoint is None:
-        raise UserError(f"nothing to resume in {output}: no checkpoint")
-    return checkpoint
+    A full disk or a killed process leaves half a folder; Trainer writes its state last.
+    """
+    folders = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            note(f"{folder} is incomplete and left out")
+            continue
+        return str(folder)
+    raise UserError(f"nothing to resume in {output}: no checkpoint")
 
 
 def _finish(trainer, options: TrainOptions, result, seconds: float, namespace) -> None:

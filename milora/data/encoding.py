@@ -131,6 +131,6 @@ def encode_examples(
         raise UserError(
             f"{examples[0].where.rpartition(':')[0]}: every prompt is as long as the limit of "
             f"{max_length} tokens or longer",
-            hint="raise --max-length",
+            hint="raise --max-length, or use a model with more positions",
         )
     return encoded

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
-from milora.blocks import find_blocks
+from milora.blocks import Block, find_blocks
 from milora.config import MiLoRAConfig
 from milora.experts import get_kind
 from milora.installing import (
@@ -17,6 +18,7 @@ from milora.installing import (
     linear_at,
     uninstall,
 )
+from milora.nn import MiLoRALinear
 from milora.runtime import Runtime, check_known, runtime_of
 
 
@@ -34,6 +36,13 @@ def attach(
     `torch.compile`, DDP and FSDP work as before. All parameters of the base are frozen; the
     adapter's are float32. A second call adds another adapter.
 
+    Frozen, too, is the new head of a classifier: to train it, set `requires_grad` on it afterwards,
+    and save it yourself, since an adapter's folder holds the adapter alone. A decoder without its
+    head (`LlamaModel`) is taken for an encoder, whose whole input is the prompt: to train on labels
+    give the model that has the head. Inference keeps packed copies of the parameters and sees
+    changes by torch's version counter, which writes to `parameter.data` do not move: change
+    parameters under `torch.no_grad()` instead.
+
     Args:
         model: any Hugging Face model, or any module with lists of Transformer blocks.
         config: see `MiLoRAConfig`.
@@ -41,8 +50,9 @@ def attach(
         trainable: whether the adapter's parameters require gradients.
     Returns: `model`.
     Raises:
-        ValueError: the name is taken or unusable, no blocks were found, a target matches none, or
-            the parameters are sharded already.
+        ValueError: the name is taken or unusable, no blocks were found, a target matches none,
+            modules carry adapters of PEFT's, or the parameters are sharded already.
+        TypeError: `config` is no MiLoRAConfig.
         ImportError: this version of transformers is not supported; the message names the range.
     """
     return attach_values(model, config, adapter_name, trainable, None)
@@ -57,13 +67,18 @@ def attach_values(
 ) -> nn.Module:
     """`attach` with the experts' tensors at hand: `values` gives those of a block's path and a
     path in it. Some kinds take minutes to draw initial ones from a large base."""
+    if not isinstance(config, MiLoRAConfig):
+        raise TypeError(f"attach: config must be a MiLoRAConfig, got {type(config).__name__}")
     existing = runtime_of(model, required=False)
     _check_name(adapter_name, existing)
     _check_model(model, existing)
     blocks = find_blocks(model, config)
+    _check_free(blocks, existing)
     runtime = existing or install(model, blocks)
     try:
-        add_adapter(runtime, adapter_name, config, blocks, trainable, values)
+        # Parameters made in inference mode could never be trained, nor be seen to change.
+        with torch.inference_mode(False):
+            add_adapter(runtime, adapter_name, config, blocks, trainable, values)
     except BaseException:
         drop_adapter(runtime, adapter_name)
         if existing is None:
@@ -90,6 +105,7 @@ def open_runtime(model: nn.Module, target_modules: str | list[str] = "all-linear
         raise ValueError("AdapterPool: this model has a pool already; close it first")
     _check_model(model, existing)
     blocks = find_blocks(model, MiLoRAConfig(target_modules=target_modules))
+    _check_free(blocks, existing)
     runtime = existing or install(model, blocks)
     for index, found in enumerate(blocks):
         for path in found.experts:
@@ -127,16 +143,19 @@ def detach(model: nn.Module) -> nn.Module:
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove one adapter; with the last one the model is detached.
 
+    If it was the active one, the first of the others becomes active.
+
     Raises:
         ValueError: no adapter has this name.
     """
     runtime = runtime_of(model)
     check_known(runtime, adapter_name)
+    was_active = runtime.active == adapter_name
     drop_adapter(runtime, adapter_name)
     if not runtime.configs and runtime.pool is None:
         uninstall(runtime)
-    elif runtime.configs and runtime.active == adapter_name:
-        runtime.active = next(iter(runtime.configs))
+    elif was_active:
+        runtime.active = next(iter(runtime.configs), None)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
@@ -179,10 +198,31 @@ def adapters(model: nn.Module) -> dict[str, MiLoRAConfig]:
 
 
 def _check_name(name: str, runtime: Runtime | None) -> None:
-    if not name or "." in name or name in ("__base__", "base_layer"):
+    if not isinstance(name, str) or not name or "." in name or name in ("__base__", "base_layer"):
         raise ValueError(f"attach: adapter_name must be non-empty without dots, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):  # which keeps an adapter's tensors under its name
+        raise ValueError(
+            f"attach: adapter_name must be no attribute of torch.nn.ModuleDict, got {name!r}"
+        )
     if runtime is not None and runtime.knows(name):
         raise ValueError(f"attach: there is an adapter {name!r} already")
+
+
+def _check_free(blocks: list[Block], runtime: Runtime | None) -> None:
+    """Refuse modules that carry the experts of PEFT or of an `attach` to a part of the model."""
+    linears = [] if runtime is None else runtime.linears
+    ours = {id(linear) for in_block in linears for linear in in_block}
+    for block in blocks:
+        for path, module in block.module.named_modules():
+            is_foreign = isinstance(module, MiLoRALinear) or (
+                path in block.experts and isinstance(module._modules.get("base_layer"), nn.Module)
+            )
+            if is_foreign and id(module) not in ours:
+                raise ValueError(
+                    f"attach: {block.path}.{path} carries adapters that were put there otherwise "
+                    f"({type(module).__module__}.{type(module).__name__}). Take them off or merge "
+                    "them first; `attach` must always get the same model, not a part of it"
+                )
 
 
 def _check_model(model: nn.Module, runtime: Runtime | None) -> None:

@@ -101,6 +101,7 @@ class MiLoRALinear(nn.Module):
             if weight is None:
                 is_saved = key not in frozen
                 tensor = (tensors if is_saved else frozen)[key].to(device)
+                tensor = tensor.clone() if tensor.is_inference() else tensor
                 weight = Weight(tensor, is_saved and key not in expert.fixed, is_saved)
                 weight.requires_grad_(trainable)
             if key in shared:

@@ -247,10 +247,12 @@ class Runtime:
             names = self.local.generation.adapters
         if names is None:
             return (self.active,) * num_prompts
+        if isinstance(names, str):
+            raise ValueError(f"adapter_names must be a list, one name per prompt, got {names!r}")
         names = [None if name in (None, "__base__") else name for name in names]
         if unknown := sorted({n for n in names if n is not None and not self.knows(n)}):
             raise ValueError(f"adapter_names: unknown {unknown}; there are {self._known()}")
-        if num_prompts != 1 and len(names) != num_prompts:
+        if not names or (num_prompts != 1 and len(names) != num_prompts):
             raise ValueError(
                 f"adapter_names must name one adapter per prompt ({num_prompts}), got {len(names)}"
             )

@@ -117,12 +117,76 @@ def test_mistakes_leave_the_model_alone(case):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "__base__", "base_layer", "default"])
+@pytest.mark.parametrize("name", ["", "a.b", "__base__", "base_layer", "default", "keys", 5])
 def test_adapter_names_that_cannot_be(name):
     model = milora.attach(build("llama"), Config(rank=4))
     with pytest.raises(ValueError, match="adapter"):
         milora.attach(model, Config(rank=4), adapter_name=name)
     assert list(milora.adapters(model)) == ["default"]
+
+
+def test_what_is_no_config_is_refused():
+    with pytest.raises(TypeError, match="config must be a MiLoRAConfig, got dict"):
+        milora.attach(build("llama"), {"rank": 4})
+
+
+def test_a_part_of_a_model_with_adapters_is_refused():
+    """A second layer of experts would work on its own, and come off in the wrong order."""
+    model = randomize(milora.attach(build("llama"), Config(rank=4, target_modules=["q_proj"])))
+    ids = left_padded((6,))["input_ids"]
+    logits = model(ids, use_cache=True).logits
+    for targets in ("q_proj", "v_proj"):
+        with pytest.raises(ValueError, match=r"q_proj carries adapters"):
+            milora.attach(model.model, Config(rank=4, target_modules=[targets]))
+    assert torch.equal(model(ids, use_cache=True).logits, logits)
+
+
+def test_modules_with_adapters_of_peft_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"q_proj carries adapters .*\(peft\."):
+        milora.attach(model, Config(rank=4))
+    assert dict(model.named_modules()) == modules
+    milora.attach(model, Config(rank=4, target_modules=["v_proj"]))
+
+
+def test_deleting_the_active_adapter_switches_to_another():
+    model = build("llama")
+    for name in ("first", "second", "third"):
+        milora.attach(model, Config(rank=4), name)
+    ids = left_padded((6,))["input_ids"]
+
+    def used() -> tuple[str | None, ...]:
+        with torch.no_grad(), milora.record_routing(model) as states:
+            model(ids, use_cache=True)
+        return tuple(state.adapters[0] for state in states)
+
+    assert used() == ("third",)
+    milora.delete_adapter(model, "third")
+    assert used() == ("first",)
+    milora.delete_adapter(model, "second")
+    assert used() == ("first",)
+    milora.set_adapter(model, None)
+    milora.attach(model, Config(rank=4), "fourth")
+    milora.set_adapter(model, None)
+    milora.delete_adapter(model, "fourth")
+    assert used() == ()  # the bare model was asked for
+
+
+def test_adapters_made_in_inference_mode_are_ordinary_ones(tmp_path):
+    model = randomize(milora.attach(build("llama"), Config(rank=4)))
+    milora.save(model, tmp_path)
+    prompt = left_padded((6,))["input_ids"]
+    with torch.inference_mode():
+        expected = model(prompt, use_cache=True).logits
+        for expert in ("lora", "dora", "lora_mini"):
+            other = milora.attach(build("llama"), Config(rank=4, expert=expert), expert)
+            milora.load(other, tmp_path, trainable=True)
+            assert torch.equal(other(prompt, use_cache=True).logits, expected)
+            tensors = [*other.named_parameters(), *other.named_buffers()]
+            ours = [tensor for name, tensor in tensors if "lora" in name]
+            assert ours and not any(tensor.is_inference() for tensor in ours)
 
 
 def test_adapters_with_other_targets_ranks_and_kinds():

@@ -354,9 +354,11 @@ def test_an_exception_leaves_nothing_behind(model, prompts, where):
         with pytest.raises(Boom):
             call(logits_processor=LogitsProcessorList([Exploding()]))
     elif where == "a name":
-        for function in (call, forward):
-            with pytest.raises(ValueError, match="unknown"):
-                function(["nobody", *NAMES[1:]])
+        mistakes = {"unknown": ["nobody", *NAMES[1:]], "must be a list": "lora", "got 0": []}
+        for message, names in mistakes.items():
+            for function in (call, forward):
+                with pytest.raises(ValueError, match=message):
+                    function(names)
     elif runtime.pool is not None:
         pool = runtime.pool
         names = [f"other {i}" for i in range(10)]

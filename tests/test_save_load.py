@@ -64,6 +64,12 @@ def test_files_are_peft_layout(tmp_path):
     assert keys[f"{block}.milora_router.w_r"].shape == (7, 32)
 
 
+def test_an_upload_is_refused_and_not_forgotten(tmp_path):
+    with pytest.raises(ValueError, match="push_to_hub is not supported"):
+        attached(OPTIONS["dora"]).save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_load_weights_keeps_parameters_and_checks_the_configuration(tmp_path):
     model = attached(seed=1)
     milora.save(model, tmp_path)

@@ -42,6 +42,11 @@ class SaveAdapter:
     ) -> None:
         from milora.adapters import save
 
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained: push_to_hub is not supported on a model with milora's adapters; "
+                "save the adapter and upload its folder with huggingface_hub.upload_folder"
+            )
         runtime = self.runtime
         name = runtime.active or next(iter(runtime.configs))
         save(runtime.model, save_directory, name, is_main_process=is_main_process)

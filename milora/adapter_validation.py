@@ -218,7 +218,7 @@ def expected_shapes(model: nn.Module, config: MiLoRAConfig, blocks: list[Block])
             for name, tensor_shape in kind.tensors(spec).items():
                 shapes[keys[f"{block.path}.{path}"][name]] = tuple(tensor_shape)
         if config.router and block.experts:
-            d = hidden_size(model, block.module.get_submodule(block.experts[0]))
+            d = hidden_size(model, block.module)
             shapes[router_key(block.path, "w_r")] = (len(block.experts), d)
             if config.pooler == "self_attention" and block.source is None:
                 shapes[router_key(block.path, "w_sa")] = (d,)

@@ -193,9 +193,12 @@ def spec_of(config: MiLoRAConfig, block: str, path: str, shape: tuple[int, int])
     return spec
 
 
-def hidden_size(model: nn.Module, first: nn.Module) -> int:
-    """Width of a block's input: the config's, else what the block's first linear module reads."""
+def hidden_size(model: nn.Module, block: nn.Module) -> int:
+    """Width of a block's input: the config's, else what the block's first linear module reads,
+    targeted or not."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None)
-    return width if isinstance(width, int) else linear_shape(first)[0]
+    if isinstance(width, int):
+        return width
+    return linear_shape(block.get_submodule(_linear_paths(block)[0]))[0]

@@ -129,7 +129,7 @@ def add_adapter(
             seed = hashlib.sha256(f"{config.seed}/{index}/{ROUTER_NAME}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
             first = next(iter(linears.values()))
-            width = hidden_size(runtime.model, first)
+            width = hidden_size(runtime.model, found.module)
             router = _add_router(runtime, name, index, width, first.device, generator)
             router.requires_grad_(trainable)
             if router.theta is not None:

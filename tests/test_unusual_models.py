@@ -73,6 +73,17 @@ def test_plain_module():
         assert torch.equal(model(**batch), bare(**batch))
 
 
+def test_the_routers_width_is_the_blocks_whatever_is_targeted(tmp_path):
+    model = randomize(milora.attach(Plain(), Config(rank=4, top_k=1, target_modules=["down"])))
+    milora.save(model, tmp_path)
+    again = Plain()
+    again.load_state_dict(milora.detach(copy.deepcopy(model)).state_dict())
+    milora.load(again, tmp_path)
+    ids = left_padded((5,))["input_ids"]
+    with milora.prompt_lengths(model, 5), milora.prompt_lengths(again, 5), torch.no_grad():
+        assert torch.equal(model(ids), again(ids))
+
+
 def test_plain_modules_that_cannot_be_routed():
     with pytest.raises(ValueError, match="no list of Transformer blocks"):
         milora.attach(nn.Sequential(nn.Linear(4, 4)), Config(rank=2))

@@ -175,7 +175,7 @@ def _of_model(folder: str) -> tuple[list[Module], int, str]:
         linears = {path: block.module.get_submodule(path) for path in block.experts}
         modules += [Module(block.path, p, *linear_shape(linear)) for p, linear in linears.items()]
         if linears:
-            router += (len(linears) + 1) * hidden_size(model, next(iter(linears.values()))) + 12
+            router += (len(linears) + 1) * hidden_size(model, block.module) + 12
     return modules, router, folder
 
 

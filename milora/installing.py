@@ -159,6 +159,7 @@ def linear_at(runtime: Runtime, index: int, path: str) -> MiLoRALinear:
     _set_submodule(block.module, path, linear)
     runtime.linears[index].append(linear)
     runtime.forget_siblings()
+    runtime.calls_known = False
     return linear
 
 

@@ -198,6 +198,8 @@ class MiLoRALinear(nn.Module):
         call = self._calls.call
         if call is None:
             return base_layer(x, *args, **kwargs)
+        if call.called is not None:
+            call.called.add(self)
         if call.ready:
             early = call.ready.pop(self, None)
             if early is not None and early[0] is x and early[1] == _version(x):

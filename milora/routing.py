@@ -352,6 +352,7 @@ class Call:
         self.pooled = False
         self.ready: dict[nn.Module, tuple[Tensor, int | None, Tensor]] = {}
         self.watch: SiblingWatch | None = None
+        self.called: set[nn.Module] | None = None  # linear modules, where nobody knows them yet
         # Training: what experts drew for this forward (`ExpertKind.drawn`), by block, column and
         # adapter.
         self.drawn: dict[tuple[int, int, str], dict[str, Any]] = {}
@@ -392,6 +393,7 @@ class Call:
         empty._maps, empty._adapters = state._maps, state._adapters
         replay = Call(empty, self.plan)
         replay.drawn = self.drawn
+        replay.called = self.called
         return replay
 
 

@@ -31,6 +31,7 @@ from milora.route_cache import ROUTE, follow_cache
 from milora.router import ROUTER_NAME, PromptRouter
 from milora.routing import Call, RoutingState
 from milora.siblings import SiblingWatch, may_watch
+from milora.uncalled import warn_of_uncalled
 
 if TYPE_CHECKING:
     from milora.pool import AdapterPool
@@ -79,6 +80,7 @@ class Runtime:
         self.pool: AdapterPool | None = None  # of registered adapters
         self.packs = Packs(self)  # of attached ones
         self.siblings_known = False
+        self.calls_known = False  # whether a forward has shown which linear modules are called
         self.active: str | None = None
         self.local = Local()
         self.stats = Stats()
@@ -147,6 +149,9 @@ class Runtime:
         if call.watch is not None:
             call.watch.tell()
             self.siblings_known = True
+        if call.called is not None and module is self.model:
+            self.calls_known = True
+            warn_of_uncalled(self, call.called)
         for linear in call.ready:  # nobody asked for it: no siblings of this kind of forward
             for other in self.linears[linear.block]:
                 other.siblings = ()
@@ -181,12 +186,14 @@ class Runtime:
         call.weights = PooledWeights(self.pool, lease, not is_kept) if call.pooled else self.packs
         if not self.siblings_known and may_watch():
             call.watch = SiblingWatch()
+        if not self.calls_known:
+            call.called = set()
         return call
 
     @torch.compiler.disable
     def _prepare_uncompiled(self, *args: Any) -> Call:
         call = self._prepare(*args)
-        call.watch = None
+        call.watch = call.called = None
         dtype = getattr(self.model, "dtype", None)
         if dtype is not None and not (self.model.training or torch.is_grad_enabled()):
             _ = call.slot_of

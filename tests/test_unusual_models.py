@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_plain_modules_that_cannot_be_routed():
         model.blocks[0](torch.zeros(1, 3, HIDDEN))
 
 
+class Reader(Layer):
+    """Reads the weight of `up` without calling it, unless it is skipped altogether."""
+
+    skipped = False
+
+    def forward(self, x):
+        return x if self.skipped else x + self.down(torch.relu(x @ self.up.weight.T))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_experts_that_are_never_called_are_named_once(training):
+    model = Plain()
+    model.blocks = nn.ModuleList(Reader() for _ in range(3))
+    model.blocks[2].skipped = True  # says nothing about its modules
+    milora.attach(model, Config(rank=4, target_modules=["down"])).train(training)
+
+    def run() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught, milora.prompt_lengths(model, 3):
+            warnings.simplefilter("always")
+            model(**left_padded((5, 8))).sum().backward()
+        return [str(warning.message) for warning in caught]
+
+    assert run() == []
+    milora.attach(model, Config(rank=4), "all")
+    (message,) = run()
+    assert "the experts on up (in 2 blocks) have no effect" in message
+    assert run() == []
+
+
 class Mixture(nn.Module):
     """A mixture of experts that keeps them in a list, beside a linear gate."""
 
@@ -173,9 +203,10 @@ def test_hybrid_blocks_of_two_classes():
     first, second = (set(block.experts) for block in runtime_of(model).blocks)
     assert {"mamba.in_proj", "feed_forward.up_proj"} <= first
     assert second == {f"self_attn.{name}_proj" for name in "qkvo"}
-    out = randomize(model).generate(
-        **left_padded((3, 6)), max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True
-    )
+    with pytest.warns(UserWarning, match=r"experts on mamba\.dt_proj \(in 1 blocks\) have no eff"):
+        out = randomize(model).generate(
+            **left_padded((3, 6)), max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True
+        )
     state = milora.routing_state(out.past_key_values)
     assert state.gates.shape == (2, 2, len(first))
     assert not state.gates[1, :, len(second) :].any()  # padded with gate 0

@@ -128,10 +128,12 @@ def has_clusters(capability: int) -> bool:
 DECODE_TESTS = (
     r"test_grouped_lora::test_pool_(against_reference|is_batch_invariant)\[.*\b0\b"
     r"|test_grouped_lora::test_pool_(leaves_idle_rows|takes_any)"
+    r"|test_(rank_gates|cores)::\w+\[.*-0\]"
     r"|test_cuda_graphs::test_(grouped_lora_replays|streams_do_not_disturb\w+)\[0"
 )
 PREFILL_TESTS = (
     r"test_grouped_lora::test_pool_(against_reference|is_batch_invariant)\[.*\b1\b"
+    r"|test_(rank_gates|cores)::\w+\[.*-1\]"
     r"|test_cuda_graphs::test_(grouped_lora_replays|streams_do_not_disturb\w+)\[1"
 )
 TRAIN_TESTS = r"test_grouped_lora::test_train|test_cuda_graphs::test_training"

@@ -11,6 +11,7 @@
 #   test       the ops' tests on the GPU, against float64; what was seen correct, into $OUT
 #   model      routed generation and gradients of a whole model, GPU against CPU
 #   memcheck, racecheck, initcheck   compute-sanitizer over the ops' tests against the reference
+#   memcheck_variants, racecheck_variants, initcheck_variants   the same with rank gates and cores
 #   g1 ... g5, pool   the benches of bench/bench_gpu.py
 #   train      the training op beside PEFT's expression
 #   cpp        the C++ benches, if build/bench-cuda has them (see bench/cpp/cuda.cmake); prefill
@@ -23,13 +24,15 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu}"
 LIMIT="${LIMIT:-480}"
-STAGES=(load test model memcheck racecheck initcheck g1 g2 g3 g4 g5 pool train cpp report)
+STAGES=(load test model memcheck racecheck initcheck memcheck_variants racecheck_variants
+  initcheck_variants g1 g2 g3 g4 g5 pool train cpp report)
 LINES="$OUT/gpu.jsonl"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1  # nothing here needs the network
 
 ops_tests=(tests/test_grouped_lora.py tests/test_prompt_router.py tests/test_fused_lora.py
   tests/test_cuda_graphs.py tests/test_pool_copies.py)
+variants=(tests/test_rank_gates.py tests/test_cores.py)  # of grouped_lora_
 
 stage_load() {
   if [ ! -e milora/lib/libmilora_ops.so ]; then
@@ -50,14 +53,17 @@ print("torch", torch.__version__, "on", torch.cuda.get_device_name())'
 
 stage_test() {
   local status=0
-  "$PYTHON" -m pytest -m cuda --junitxml="$OUT/tests.xml" "${ops_tests[@]}" || status=1
+  "$PYTHON" -m pytest -m cuda --junitxml="$OUT/tests.xml" "${ops_tests[@]}" \
+    "${variants[@]}" || status=1
   "$PYTHON" bench/gpu_correct.py "$OUT/tests.xml" --json "$LINES" && return $status
 }
 
 stage_model() { "$PYTHON" -m pytest -m cuda tests/test_cuda_model.py; }
 
-sanitize() {  # tool, options
+sanitize() {  # list of tests, tool, options
   local sanitizer
+  local -n tests="$1"
+  shift
   sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)"
   if [ -z "$sanitizer" ]; then
     echo "no compute-sanitizer on this machine: skipped"
@@ -65,14 +71,18 @@ sanitize() {  # tool, options
   fi
   # Without torch's cache each tensor is an allocation of its own, whose end is watched.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$@" --error-exitcode 9 \
-    "$PYTHON" -m pytest -m cuda -k "reference" "${ops_tests[@]}"
+    "$PYTHON" -m pytest -m cuda -k "reference" "${tests[@]}"
 }
 
-stage_memcheck() { sanitize memcheck; }
-stage_racecheck() { sanitize racecheck; }
 # torch reads what it never wrote in places of its own (padding of its allocator's blocks): only
 # this project's kernels are watched.
-stage_initcheck() { sanitize initcheck --kernel-name kernel_substring=milora; }
+initcheck=(initcheck --kernel-name kernel_substring=milora)
+stage_memcheck() { sanitize ops_tests memcheck; }
+stage_racecheck() { sanitize ops_tests racecheck; }
+stage_initcheck() { sanitize ops_tests "${initcheck[@]}"; }
+stage_memcheck_variants() { sanitize variants memcheck; }
+stage_racecheck_variants() { sanitize variants racecheck; }
+stage_initcheck_variants() { sanitize variants "${initcheck[@]}"; }
 
 bench_gpu() { "$PYTHON" bench/bench_gpu.py --device cuda --case "$1" --json "$LINES"; }
 stage_g1() { bench_gpu g1; }

@@ -246,7 +246,8 @@ def test_what_the_gpu_tests_have_seen(tmp_path):
 def test_every_kernel_has_tests_on_a_gpu():
     from gpu_cases import KERNELS
 
-    files = re.search(r"ops_tests=\((.*?)\)", CHECK.read_text(), re.DOTALL)[1].split()
+    lists = re.findall(r"^(?:ops_tests|variants)=\((.*?)\)", CHECK.read_text(), re.DOTALL | re.M)
+    files = " ".join(lists).split()
     done = run(sys.executable, "-m", "pytest", "-m", "cuda", "--collect-only", *files)
     ids = re.findall(r"^tests/(\w+)\.py(::.*)$", done.stdout, re.MULTILINE)
     assert len(ids) > 100, done.stdout + done.stderr
@@ -265,6 +266,7 @@ def test_the_scripts_stages(tmp_path):
     assert run("bash", "-n", CHECK).returncode == 0
     stages = run("bash", CHECK, "--list").stdout.split()
     assert stages == ["load", "test", "model", "memcheck", "racecheck", "initcheck",
+                      "memcheck_variants", "racecheck_variants", "initcheck_variants",
                       "g1", "g2", "g3", "g4", "g5", "pool", "train", "cpp", "report"]  # fmt: skip
     text = CHECK.read_text()
     assert all(f"stage_{stage}()" in text for stage in stages)

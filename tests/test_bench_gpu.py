@@ -284,7 +284,7 @@ def test_a_stage_that_fails_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_the_cpp_benches_of_the_cuda_kernels_compile(tmp_path):
     """The benches' own sources and the CUTLASS rivals; test_cuda_build.py has the kernels."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -48,7 +48,7 @@ PRESETS = {
         rank=10, steps=120, single_steps=60, long_steps=480, batch_size=24,
         learning_rates=(3e-3, 1e-2, 3e-2, 1e-1),
         test_per_task=64, dev_per_task=32,
-        main_seeds=5, single_seeds=5, ablation_seeds=5, routing_seeds=3,
+        main_seeds=5, single_seeds=5, ablation_seeds=3, routing_seeds=3,
         single_tasks=("string", "unit"), ranks=(4, 8, 16, 32, 64),
     ),
     "gpu": Preset(

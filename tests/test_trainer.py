@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -276,6 +277,24 @@ def test_text_without_a_prompt_gets_a_clear_error(tmp_path):
     data = [{**row, "labels": row["input_ids"]} for row in rows([3, 5])]
     trainer = make_trainer(tmp_path, attached(), options={"train_dataset": data})
     with pytest.raises(ValueError, match="completion-only labels"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "message"),
+    [
+        (1, {}, "set fsdp_version to 2"),
+        (2, {"expert": "lorta", "expert_options": {"head_dim": 8}}, "kind lorta share tensors"),
+    ],
+)
+def test_what_fsdp_cannot_shard_is_refused_before_the_training(
+    tmp_path, monkeypatch, version, options, message
+):
+    trainer = make_trainer(tmp_path, attached(**options))
+    plugin = SimpleNamespace(fsdp_version=version)  # as accelerate sets it up
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 

@@ -97,7 +97,8 @@ def teach_trainer() -> None:
     Its two loading methods know PEFT's models by class and take every other checkpoint for a whole
     model. For a model with a `Runtime` they load the adapter. Under FSDP its saving gathers the
     whole model, or writes its shards; for a model with a `Runtime` the adapter is all there is to
-    save. Its two steps run inside `own_loss`. Trainers of other models do what they did.
+    save, and what FSDP cannot shard is refused before the training. Its two steps run inside
+    `own_loss`. Trainers of other models do what they did.
     """
     try:
         import transformers.trainer as trainer_module
@@ -123,11 +124,36 @@ def teach_trainer() -> None:
 
     Trainer._load_from_checkpoint = load_from
     Trainer._load_best_model = load_best
+    Trainer._prepare_for_training = _checking_fsdp(Trainer._prepare_for_training)
     Trainer.save_model = _collective(Trainer.save_model)
     if hasattr(trainer_module, "save_fsdp_model"):  # accelerate may be too old for FSDP
         trainer_module.save_fsdp_model = _not_of_attached(trainer_module.save_fsdp_model)
     Trainer.training_step = _inside_own_loss(Trainer.training_step)
     Trainer.prediction_step = _inside_own_loss(Trainer.prediction_step)
+
+
+def _checking_fsdp(prepare: Callable) -> Callable:
+    """`Trainer._prepare_for_training`, which shards the model, where FSDP can shard adapters."""
+    from milora.experts import get_kind
+    from milora.runtime import runtime_of
+
+    @functools.wraps(prepare)
+    def wrapped(self, *args, **kwargs):
+        runtime = runtime_of(self.model, required=False)
+        if runtime is not None and self.is_fsdp_enabled and not _is_peft(self.model):
+            if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+                raise ValueError(
+                    "milora: FSDP version 1 flattens the adapter's tensors; set fsdp_version to 2"
+                )
+            kinds = sorted({config.expert for config in runtime.configs.values()})
+            if shared := [kind for kind in kinds if get_kind(kind).shares_tensors]:
+                raise ValueError(
+                    f"milora: the blocks' experts of kind {', '.join(shared)} share tensors, which "
+                    "FSDP cannot shard block by block; train on one device or with DDP"
+                )
+        return prepare(self, *args, **kwargs)
+
+    return wrapped
 
 
 def _collective(save_model: Callable) -> Callable:
@@ -139,10 +165,6 @@ def _collective(save_model: Callable) -> Callable:
         runtime = runtime_of(self.model, required=False)
         if runtime is None or not self.is_fsdp_enabled or _is_peft(self.model):
             return save_model(self, output_dir, _internal_call)
-        if any(type(m).__name__ == "FullyShardedDataParallel" for m in self.model.modules()):
-            raise ValueError(
-                "milora: FSDP version 1 flattens the adapter's tensors; set fsdp_version to 2"
-            )
         folder = self.args.output_dir if output_dir is None else output_dir
         SaveAdapter(runtime)(folder, is_main_process=self.args.should_save)
         if self.args.should_save:

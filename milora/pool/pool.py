@@ -271,6 +271,11 @@ class AdapterPool:
 
         All or nothing, and before anything is loaded or evicted it is clear that they fit. Where
         host memory holds them all at once, all are read and checked before the first is loaded.
+
+        On CUDA the current stream waits for what was loaded, and no other: acquire on the stream
+        that will read. Forwards of the model do all of this themselves, but the replay of a
+        captured CUDA graph does nothing: hold a lease of the adapters that it reads, and put each
+        replay between `begin_forward` and `end_forward`, or a later load may overwrite them.
         Raises: as `load`.
         """
         if len(set(names)) != len(names):

@@ -47,7 +47,8 @@ def pin_route(model: nn.Module, state: RoutingState) -> Iterator[None]:
     of its prompts.
     """
     runtime = runtime_of(model)
-    device = next(model.parameters()).device
+    # accelerate leaves offloaded weights on the meta device.
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     state = state.to(device)
     state.adapters = tuple(
         runtime.active if name is not None and not runtime.knows(name) else name

@@ -89,7 +89,9 @@ def uninstall(runtime: Runtime) -> None:
         else:
             del model.__dict__[name]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(runtime.base_requires_grad.get(name, parameter.requires_grad))
+        # Of a base that was made in inference mode it can be set in that mode alone.
+        with torch.inference_mode(parameter.is_inference()):
+            parameter.requires_grad_(runtime.base_requires_grad.get(name, parameter.requires_grad))
     del model.__dict__[RUNTIME]
 
 

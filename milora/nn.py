@@ -169,15 +169,26 @@ class MiLoRALinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())).device
+        """Where this module computes: its weight's device, unless accelerate has offloaded it."""
+        tensors = itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())
+        device = next(tensors).device
+        hook = getattr(self.base_layer, "_hf_hook", None) if device.type == "meta" else None
+        computes = getattr(hook, "execution_device", None)
+        return device if computes is None else torch.empty(0, device=computes).device
 
     def dense_weight(self) -> Tensor:
         """The base weight as [d_out, d_in] in a floating dtype.
 
         Raises:
-            TypeError: the base is quantized in a form that cannot be dequantized here.
+            TypeError: the base is quantized in a form that cannot be dequantized here, or it is
+                offloaded.
         """
         weight = dequantized(self.base_layer)
+        if weight is not None and weight.is_meta and self.device.type != "meta":
+            raise TypeError(
+                "milora: this expert kind needs the base weight, which accelerate has offloaded; "
+                "load the model without offloading, or use expert='lora'"
+            )
         if type(self.base_layer).__name__ == "Conv1D":
             weight = weight.T
         # float8 needs scales that its module keeps elsewhere: its bare values mean nothing.

@@ -174,8 +174,8 @@ def _open_encoder_decoder(
 ) -> Call:
     encoded = inputs.get("encoder_outputs") if module is runtime.model else None
     if runtime.local.pinned is not None or encoded is not None:
-        rows = len(x) if encoded is None else _last_hidden(encoded).shape[0]
-        device = runtime.model.device
+        first = x if encoded is None else _last_hidden(encoded)
+        rows, device = first.shape[0], first.device
         state = known_state(runtime, inputs.get("past_key_values"), None, rows, device)
         if state is None:
             state = getattr(encoded, ROUTE, None)

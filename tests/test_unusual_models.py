@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from plain_model import plain_model
-from tiny_models import COMMON, HIDDEN, VOCAB, config_of, left_padded, randomize, spread
+from tiny_models import COMMON, HIDDEN, VOCAB, build, config_of, left_padded, randomize, spread
 from tolerance import assert_as_good_as_torch
 from torch import nn
 
@@ -272,3 +272,43 @@ def test_linears_that_see_the_time_axis_first_are_refused():
     milora.detach(model)
     milora.attach(model, Config(rank=4, target_modules=["intermediate.dense"]))
     assert model(**left_padded((8, 8))).logits.isfinite().all()
+
+
+# ---- weights that are not there -----------------------------------------------------------------
+
+
+def test_a_base_that_accelerate_offloads(tmp_path):
+    """Its weights are on the meta device but for the forward; the adapter's must not be."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = randomize(milora.attach(build("llama"), Config(rank=4, top_k=2)))
+    milora.save(whole, tmp_path)
+    bare = build("llama")
+    accelerate.cpu_offload(bare, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in bare.parameters())
+    batch, options = left_padded((3, 6)), {"max_new_tokens": 4, "min_new_tokens": 4}
+    with milora.record_routing(whole) as states:
+        want = whole.generate(**batch, **options)
+
+    model = milora.load(bare, tmp_path)
+    assert torch.equal(model.generate(**batch, **options), want)
+    with milora.pin_route(model, states[0]):
+        assert torch.equal(model.generate(**batch, **options), want)
+    for kind in ("dora", "lora_xs"):
+        with pytest.raises(
+            TypeError, match="needs the base weight, which accelerate has offloaded"
+        ):
+            milora.attach(model, Config(rank=4, expert=kind), kind)
+    assert torch.equal(model.generate(**batch, **options), want)
+    milora.detach(model)
+    with milora.AdapterPool(model, device_bytes=1 << 20, host_bytes=1 << 20) as pool:
+        pool.register("tenant", tmp_path)
+        out = model.generate(**batch, adapter_names=["tenant", "tenant"], **options)
+    assert torch.equal(out, want)
+
+
+def test_a_base_that_was_made_in_inference_mode_comes_off_outside_of_it():
+    with torch.inference_mode():
+        model = milora.attach(build("llama"), Config(rank=4))
+    milora.detach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(hasattr(module, "base_layer") for module in model.modules())

@@ -185,7 +185,7 @@ def set_rank(model: nn.Module, rank: int, adapter_name: str = "default") -> None
     for linear in (linear for linears in runtime.linears for linear in linears):
         if (spec := linear.specs.get(adapter_name)) is not None:
             linear.specs[adapter_name] = dataclasses.replace(spec, options=options)
-    runtime.packs.clear()
+    runtime.forget_packs()
 
 
 def adapters(model: nn.Module) -> dict[str, MiLoRAConfig]:

@@ -176,7 +176,7 @@ def drop_adapter(runtime: Runtime, name: str) -> None:
     runtime.configs.pop(name, None)
     runtime.columns.pop(name, None)
     runtime.windows.pop(name, None)
-    runtime.packs.clear()
+    runtime.forget_packs()
     if runtime.active == name:
         runtime.active = None
 

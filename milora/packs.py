@@ -7,6 +7,8 @@ instead.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +21,16 @@ if TYPE_CHECKING:
     from milora.runtime import Runtime
 
 
+# Around what two threads could do to one `Packs`. Not an attribute: models are copied and pickled.
+_CHANGES = threading.Lock()
+
+
 class Packs:
-    """One pool per block and dtype, with a slot for each adapter that inference has named."""
+    """One pool per block and dtype, with a slot for each adapter that inference has named.
+
+    A slot once given stays: forwards of other threads may be reading by it. To forget everything,
+    the runtime takes a new object, and running forwards end with the one that they began with.
+    """
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
@@ -29,9 +39,9 @@ class Packs:
 
     def slots(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """The slots of these adapters; a name that is new to inference gets the next one."""
-        for name in names:
-            if name not in self.names:
-                self.names.append(name)
+        if any(name not in self.names for name in names):
+            with _CHANGES:
+                self.names += [name for name in dict.fromkeys(names) if name not in self.names]
                 self._blocks.clear()
         return tuple(self.names.index(name) for name in names)
 
@@ -41,42 +51,43 @@ class Packs:
 
     def block(self, index: int, dtype: torch.dtype) -> BlockTables:
         entry = self._blocks.get((index, dtype))
-        if entry is None:
-            entry = self._blocks[index, dtype] = self._build(index, dtype)
+        while entry is None:
+            names = tuple(self.names)
+            built = self._build(index, dtype, names)
+            with _CHANGES:
+                if len(self.names) == len(names):  # else it lacks an adapter of another thread's
+                    entry = self._blocks[index, dtype] = built
         return entry[1]
-
-    def clear(self) -> None:
-        """Forget everything: an adapter came or went, or training is about to change weights."""
-        self.names.clear()
-        self._blocks.clear()
 
     def drop_stale(self) -> None:
         """Forget packs of weights that have changed; asked for at the start of a prefill."""
         for key, (versions, _) in list(self._blocks.items()):
-            if versions != self._versions(key[0]):
-                del self._blocks[key]
+            if versions != self._versions(key[0], self.names):
+                self._blocks.pop(key, None)
 
-    def _versions(self, index: int) -> tuple:
+    def _versions(self, index: int, names: Sequence[str]) -> tuple:
         return tuple(
             (tensor.data_ptr(), tensor._version)
             for linear in self.runtime.linears[index]
-            for name in self.names
+            for name in names
             if name in linear.specs
             for tensor in linear.tensors(name).values()
         )
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _build(self, index: int, dtype: torch.dtype) -> tuple[tuple, BlockTables]:
-        versions = self._versions(index)
+    def _build(
+        self, index: int, dtype: torch.dtype, names: tuple[str, ...]
+    ) -> tuple[tuple, BlockTables]:
+        versions = self._versions(index, names)
         linears = self.runtime.linears[index]
-        shape = (len(self.names), len(self.runtime.blocks[index].experts))
+        shape = (len(names), len(self.runtime.blocks[index].experts))
         offsets = torch.full((*shape, len(EXPERT_PARTS)), -1, dtype=torch.int64)
         ranks = torch.zeros(shape, dtype=torch.int32)
         scales = torch.zeros(shape, dtype=torch.float32)
         runs: list[Tensor] = []
         end = 0
-        for slot, name in enumerate(self.names):
+        for slot, name in enumerate(names):
             for linear in linears:
                 if name not in linear.specs:
                     continue

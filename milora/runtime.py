@@ -175,7 +175,7 @@ class Runtime:
         call = open_call(self, module, inputs, names)
         if self.model.training and torch.is_grad_enabled():
             CheckpointedBlock.install(self)
-            self.packs.clear()  # the weights are about to change
+            self.forget_packs()  # the weights are about to change
         elif call.fresh or not _is_continued(inputs.get("past_key_values")):
             self.packs.drop_stale()
         generation = self.local.generation
@@ -200,6 +200,10 @@ class Runtime:
             for index in range(len(self.blocks)):
                 call.weights.block(index, dtype)  # no graph should have to build one
         return call
+
+    def forget_packs(self) -> None:
+        """Adapters have changed, or are about to: the next forward packs anew."""
+        self.packs = Packs(self)
 
     def forget_siblings(self) -> None:
         """The next forward will show which modules share an input."""

@@ -123,6 +123,10 @@ def defaults(measured: Measured) -> str:
         "",
         f"Of settings that change nothing, one in {2 ** (seeds - 1)} agrees by chance in all "
         f"{seeds} seeds, so a small difference here is a hint and no result.",
+        "",
+        "No default of the library was changed for these results: top_k, the only large effect, is "
+        "also what a prompt costs, and the choice is the user's; all else are hints. The reasons "
+        "stand in `docs/decisions.md`.",
     ]
     return "\n### Which defaults these results support\n\n" + "\n".join(lines) + "\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from tiny_models import build, randomize
 from torch import Tensor
 
 import milora
-from milora import AdapterPool, MiLoRAConfig
+from milora import AdapterPool, MiLoRAConfig, PoolError
 from milora.packing import row_bytes
 from milora.reference import read_pool
 
@@ -141,3 +143,39 @@ def three_of_seven(folders: dict[str, Path]) -> AdapterPool:
 
 def resident(pool: AdapterPool) -> str:
     return "".join(name for name in pool if pool.is_resident(name))
+
+
+def random_traffic(pool: AdapterPool, names: list[str], seed: int, steps: int) -> Iterator[int]:
+    """Acquire, release, load, evict, pin and compact at random; up to three leases at a time.
+
+    Yields: the step's number, after each. Leaves no lease and no pin, and has met refusals and
+        compactions in number.
+    """
+    rng = random.Random(seed)
+    leases, refused = [], 0
+    for step in range(steps):
+        name = rng.choice(names)
+        try:
+            match rng.randrange(9):
+                case 0 | 1 | 2:
+                    leases.append(pool.acquire(rng.sample(names, rng.randint(1, 3))))
+                case 3 | 4 if leases:
+                    leases.pop(rng.randrange(len(leases))).release()
+                case 5:
+                    pool.load(name)
+                case 6:
+                    pool.evict(name)
+                case 7:
+                    pool.pin(name) if rng.random() < 0.2 else pool.unpin(name)
+                case 8 if rng.random() < 0.2:
+                    pool.compact()
+        except PoolError:
+            refused += 1
+        if len(leases) > 3:
+            leases.pop(0).release()
+        yield step
+    assert refused > steps // 30 and pool.statistics().compactions > 5, pool.statistics()
+    for lease in leases:
+        lease.release()
+    for name in names:
+        pool.unpin(name)

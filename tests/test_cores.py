@@ -16,8 +16,16 @@ from test_grouped_lora import (
     run_pool,
     to_device,
 )
-from test_op_edges import POOL, exact, skip_exact
-from test_rank_gates import gated_inputs, rows_of
+from test_op_edges import POOL
+from test_rank_gates import (
+    MIXED,
+    ROWS,
+    SHAPES,
+    check_batch_shapes,
+    check_rows_alone,
+    check_strides,
+    gated_inputs,
+)
 
 from milora import ops, reference
 from milora.tables import EXPERT_PARTS
@@ -28,7 +36,6 @@ SIX = tuple(range(6))
 RANKS = Case("ranks", 25, (1, 15, 16, 17, 64, 256), 48, (80, 33), SIX, SIX)
 LONG = (0,) * 70 + (1,) * 65 + (2,) * 15
 MANY = Case("many_rows", 150, (17, 64, 256), 70, (90,), LONG, (0, 1, 2))
-MIXED = Case("mixed", 60, (32, 7, 64), 130, (200, 33), (0,) * 25 + (1, 2, 0, 1) * 10, (0, 1, 2))
 
 
 def with_cores(inputs: dict, every: int = 1) -> dict:
@@ -115,38 +122,18 @@ def test_identity_changes_no_bit(dtype, path, device):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_batch_invariant(dtype, path, device):
-    gates = gated_inputs(MIXED, dtype)["rank_gates"]
-    inputs = core_inputs(MIXED, dtype) | {"rank_gates": gates}
-    inputs = to_device(inputs, device) | {"path": path}
-    together = run_pool(inputs)
-    for t in range(0, MIXED.num_tokens, 7):
-        for s, y in enumerate(run_pool(rows_of(inputs, slice(t, t + 1)))):
-            assert torch.equal(y[0], together[s][t]), f"token {t}, slice {s}"
+    inputs = with_cores(gated_inputs(MIXED, dtype))
+    check_rows_alone(to_device(inputs, device) | {"path": path})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_at_any_batch_shape_and_thread_count(dtype, isa):
-    """Shrinks that are cut by ranks, by rows, or not at all; the core is after all of it."""
-    case = Case("shapes", 70, (32, 256), 520, (600, 70), (0,) * 50 + (1,) * 20, (0, 1))
-    gates = gated_inputs(case, dtype)["rank_gates"]
-    inputs = core_inputs(case, dtype) | {"rank_gates": gates}
-    together = run_pool(inputs)
-    for count in (1, 2, 5, 12, 17, 65, 70):
-        tokens = torch.randperm(case.num_tokens)[:count]
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for s, y in enumerate(run_pool(rows_of(inputs, tokens))):
-                assert torch.equal(y, together[s][tokens]), f"{count} rows, slice {s}"
+    check_batch_shapes(with_cores(gated_inputs(SHAPES, dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_start_anywhere(dtype, isa):
-    inputs = core_inputs(Case("rows", 9, (5, 32), 37, (41, 66), (0, 1, 1), (0, 1)), dtype)
-    want = run_pool(inputs)
-    for move in (exact, skip_exact):
-        y = [move(t, 3) for t in inputs["y"]]
-        ops.grouped_lora_(**{**inputs, "y": y, "x": move(inputs["x"], 1)})
-        assert all(torch.equal(got, t) for got, t in zip(y, want, strict=True))
+    check_strides(core_inputs(ROWS, dtype))
 
 
 @pytest.mark.parametrize("path", PATHS)

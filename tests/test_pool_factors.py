@@ -20,6 +20,7 @@ from pool_tools import (
     lora_bytes,
     new_pool,
     pool_of,
+    random_traffic,
     resident,
     resident_bytes,
     save_adapter,
@@ -289,7 +290,6 @@ def test_adapters_from_memory_keep_one_copy(xs):
 
 def test_under_random_traffic(tmp_path, xs, folders):
     """After every operation: bytes add up, and what is shown is the adapter's own, bit for bit."""
-    rng = random.Random(1)
     known = {**xs, "lora": folders["a"], "large": folders["L"]}
     known |= save_tenants(tmp_path, ["wide"], rank=7)
     own = dict.fromkeys(xs, OWN) | {"lora": BYTES, "large": lora_bytes(8)}
@@ -303,27 +303,7 @@ def test_under_random_traffic(tmp_path, xs, folders):
     room = lora_bytes(8) + lora_bytes(7) + 5 * OWN
     with pool_of(build("llama"), room, max_resident=6, host_bytes=3 * BYTES) as pool:
         registered(pool, known)
-        leases, refused = [], 0
-        for step in range(1500):
-            name = rng.choice(list(known))
-            try:
-                match rng.randrange(9):
-                    case 0 | 1 | 2:
-                        leases.append(pool.acquire(rng.sample(list(known), rng.randint(1, 3))))
-                    case 3 | 4 if leases:
-                        leases.pop(rng.randrange(len(leases))).release()
-                    case 5:
-                        pool.load(name)
-                    case 6:
-                        pool.evict(name)
-                    case 7:
-                        pool.pin(name) if rng.random() < 0.2 else pool.unpin(name)
-                    case 8 if rng.random() < 0.2:
-                        pool.compact()
-            except PoolError:
-                refused += 1
-            if len(leases) > 3:
-                leases.pop(0).release()
+        for step in random_traffic(pool, list(known), seed=1, steps=1500):
             inside = [name for name in known if pool.is_resident(name)]
             needed = {pool.entry(name).factors for name in inside} - {None}
             stats = pool.statistics()
@@ -333,11 +313,7 @@ def test_under_random_traffic(tmp_path, xs, folders):
             assert stats.host_used <= 3 * BYTES
             if step % 10 == 0:
                 assert all(resident_bytes(pool, n) == want[n] for n in inside)
-        assert refused > 50 and pool.statistics().compactions > 5, pool.statistics()
-        for lease in leases:
-            lease.release()
         for name in known:
-            pool.unpin(name)
             pool.unregister(name)
         stats = pool.statistics()
         assert stats.device_used == stats.shared_bytes and stats.shared_saved == 0

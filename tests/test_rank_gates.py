@@ -22,6 +22,8 @@ from milora import ops
 
 EDGES = [case for case in CASES + POOL if max(case.ranks) > 0]
 MIXED = Case("mixed", 60, (32, 7, 64), 130, (200, 33), (0,) * 25 + (1, 2, 0, 1) * 10, (0, 1, 2))
+SHAPES = Case("shapes", 70, (32, 256), 520, (600, 70), (0,) * 50 + (1,) * 20, (0, 1))
+ROWS = Case("rows", 9, (5, 32), 37, (41, 66), (0, 1, 1), (0, 1))
 
 
 def gated_inputs(case: Case, dtype: torch.dtype, wider: int = 3) -> dict:
@@ -39,6 +41,34 @@ def gated_inputs(case: Case, dtype: torch.dtype, wider: int = 3) -> dict:
 def rows_of(inputs: dict, rows) -> dict:
     named = {name: inputs[name][rows] for name in ("x", "route_of", "rank_gates")}
     return {**inputs, **named, "y": [y[rows] for y in inputs["y"]]}
+
+
+def check_rows_alone(inputs: dict) -> None:
+    """Each token alone has the bits that it has among all."""
+    together = run_pool(inputs)
+    for t in range(0, len(inputs["x"]), 7):
+        for s, y in enumerate(run_pool(rows_of(inputs, slice(t, t + 1)))):
+            assert torch.equal(y[0], together[s][t]), f"token {t}, slice {s}"
+
+
+def check_batch_shapes(inputs: dict) -> None:
+    """Shrinks that are cut by ranks, by rows, or not at all, on any number of threads."""
+    together, num_tokens = run_pool(inputs), len(inputs["x"])
+    for count in (1, 2, 5, 12, 17, 65, 70):
+        tokens = torch.randperm(num_tokens)[:count]
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for s, y in enumerate(run_pool(rows_of(inputs, tokens))):
+                assert torch.equal(y, together[s][tokens]), f"{count} rows, slice {s}"
+
+
+def check_strides(inputs: dict) -> None:
+    """Rows of x and y that start anywhere: the same bits."""
+    want = run_pool(inputs)
+    for move in (exact, skip_exact):
+        y = [move(t, 3) for t in inputs["y"]]
+        ops.grouped_lora_(**{**inputs, "y": y, "x": move(inputs["x"], 1)})
+        assert all(torch.equal(got, t) for got, t in zip(y, want, strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -79,35 +109,17 @@ def test_prefix_gates_are_a_smaller_rank(dtype, isa):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_batch_invariant(dtype, path, device):
-    inputs = to_device(gated_inputs(MIXED, dtype), device) | {"path": path}
-    together = run_pool(inputs)
-    for t in range(0, MIXED.num_tokens, 7):
-        for s, y in enumerate(run_pool(rows_of(inputs, slice(t, t + 1)))):
-            assert torch.equal(y[0], together[s][t]), f"token {t}, slice {s}"
+    check_rows_alone(to_device(gated_inputs(MIXED, dtype), device) | {"path": path})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_at_any_batch_shape_and_thread_count(dtype, isa):
-    """Shrinks that are cut by ranks, by rows, or not at all."""
-    case = Case("shapes", 70, (32, 256), 520, (600, 70), (0,) * 50 + (1,) * 20, (0, 1))
-    inputs = gated_inputs(case, dtype)
-    together = run_pool(inputs)
-    for count in (1, 2, 5, 12, 17, 65, 70):
-        tokens = torch.randperm(case.num_tokens)[:count]
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for s, y in enumerate(run_pool(rows_of(inputs, tokens))):
-                assert torch.equal(y, together[s][tokens]), f"{count} rows, slice {s}"
+    check_batch_shapes(gated_inputs(SHAPES, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_start_anywhere(dtype, isa):
-    inputs = gated_inputs(Case("rows", 9, (5, 32), 37, (41, 66), (0, 1, 1), (0, 1)), dtype)
-    want = run_pool(inputs)
-    for move in (exact, skip_exact):
-        y = [move(t, 3) for t in inputs["y"]]
-        ops.grouped_lora_(**{**inputs, "y": y, "x": move(inputs["x"], 1)})
-        assert all(torch.equal(got, t) for got, t in zip(y, want, strict=True))
+    check_strides(gated_inputs(ROWS, dtype))
 
 
 def test_nan_in_a_gate_stays_with_its_row(isa):

@@ -28,6 +28,15 @@ the read bandwidth of this machine (prefill and training: their arithmetic at th
 In c2 peft and stacked cannot route: they serve three modules, the same ones for every row.
 
 """
+SWEEP_HEAD = """
+## Other batches, ranks and mixes
+
+A decode step ÷ the bare base's in the same run; batch 8, rank 32 and a tenant of its own for every
+row where the table does not say otherwise. *zipf* and *uniform* draw tenants for the rows,
+*identical* gives all rows one. With more rows than 8, tenants repeat. Each point had a few seconds
+and this machine's memory is slow at times: single points err by up to a tenth.
+
+"""
 PROFILE_HEAD = """
 ## Where the added time goes
 
@@ -42,6 +51,7 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0])
     records = newest(collect(args.results / "cpu.jsonl", args.jsonl))
     text = HEAD + machines(records) + EXPLANATION + targets(records) + profiles(records)
+    text += sweeps(records)
     text += "\n## Everything measured\n\n" + everything(records, hardware=False)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "CPU.md").write_text(text)
@@ -88,6 +98,25 @@ def targets(records: list[dict]) -> str:
             )
     head = ("case", "what", "dtype", "milora", "target", "reached", "floor", "peft", "stacked")
     return table(head, rows)
+
+
+def sweeps(records: list[dict]) -> str:
+    """One row a case and point off the headline's, one column a provider and dtype."""
+    points: dict[tuple, dict[tuple[str, str], dict]] = {}
+    for r in records:
+        mine = r["bench"] == "multitenant" and r["case"] in ("c1", "c2") and not r.get("quick")
+        if mine and r["metric"] == "decode_step" and r["shape"].startswith("1024,8,"):
+            point = (r["case"], r["batch"], r["rank"], r["popularity"])
+            points.setdefault(point, {})[r["provider"], r["dtype"]] = r
+    if len(points) <= 2:  # the headlines alone
+        return ""
+    columns = [(p, d) for d in ("float32", "bfloat16") for p in ("milora", "stacked", "peft")]
+    rows = [
+        (*map(str, point), *(ratio(found.get(column)) for column in columns))
+        for point, found in sorted(points.items())
+    ]
+    head = ("case", "batch", "rank", "mix", *map(", ".join, columns))
+    return SWEEP_HEAD + table(head, rows)
 
 
 def is_headline(record: dict) -> bool:

@@ -15,6 +15,7 @@ TARGETS = {
     "c4": ("1 to 1000 registered adapters", {"float32": 1.03, "bfloat16": 1.03}),
     "t1": ("training step, top_k 3", {"float32": 0.85, "bfloat16": 0.85}),
 }
+FULL_SHAPE = "1024,8,"  # hidden size and blocks of the model that the targets are for
 PROFILE = ("added", "ops", "python", "floor")
 HEAD = """# CPU
 
@@ -101,11 +102,11 @@ def targets(records: list[dict]) -> str:
 
 
 def sweeps(records: list[dict]) -> str:
-    """One row a case and point off the headline's, one column a provider and dtype."""
+    """One row a case and point, the headline's among them; one column a provider and dtype."""
     points: dict[tuple, dict[tuple[str, str], dict]] = {}
     for r in records:
         mine = r["bench"] == "multitenant" and r["case"] in ("c1", "c2") and not r.get("quick")
-        if mine and r["metric"] == "decode_step" and r["shape"].startswith("1024,8,"):
+        if mine and r["metric"] == "decode_step" and r["shape"].startswith(FULL_SHAPE):
             point = (r["case"], r["batch"], r["rank"], r["popularity"])
             points.setdefault(point, {})[r["provider"], r["dtype"]] = r
     if len(points) <= 2:  # the headlines alone
@@ -124,7 +125,7 @@ def is_headline(record: dict) -> bool:
     own = {"c3": "prefill", "c4": "decode_step_growth", "t1": "training_step"}
     if record["metric"] != own.get(record["case"], "decode_step"):
         return False
-    shape = record["shape"].startswith("1024,8,") and record["batch"] == 8 and record["rank"] == 32
+    shape = record["shape"].startswith(FULL_SHAPE) and record["batch"] == 8 and record["rank"] == 32
     return shape and (record["case"] == "c4" or record["popularity"] == "distinct")
 
 

@@ -165,11 +165,10 @@ def _control_rows(measured: Measured, stage: str) -> list[list[str]]:
     rows, reference = [], {m: measured.seeds(stage, "LoRA", m, setting="LoRA")
                            for m in (EXACT, LOSS)}  # fmt: skip
     for setting in measured.settings(stage):
-        method = "LoRA" if setting.startswith("LoRA") else MILORA
         first = next(r for r in measured.records if (r["stage"], r["setting"]) == (stage, setting))
         cells = [setting, f"{first['trainable']:,}", f"{first['activated']:,}"]
         for metric in (EXACT, LOSS):
-            mine = measured.seeds(stage, method, metric, setting=setting)
+            mine = measured.seeds(stage, first["method"], metric, setting=setting)
             found = _cells(mine, reference[metric], metric)
             cells += [found[0], "", ""] if setting == "LoRA" else found
         rows.append(cells)

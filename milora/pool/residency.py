@@ -365,8 +365,10 @@ class Residency:
         except BaseException:
             with self.changed:
                 self._unstage(claim)
-                for key in (*sizes, *[entry.name] * entry.is_stale):
+                for key in sizes:
                     self.host.drop(key)
+                if entry.is_stale:  # what lay there goes with the factors that it had
+                    self.host.drop(entry.name)
                 self.changed.notify_all()
             raise
         with self.changed:

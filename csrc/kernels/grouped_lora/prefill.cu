@@ -1,5 +1,5 @@
-// grouped_lora_ for many rows per adapter:  y_s[t] += g (s B C (rg * A x_t) + u y_s[t] + v)  [eq.
-// 1]
+// grouped_lora_ for many rows per adapter:                                                 [eq. 1]
+//   y_s[t] += g (s B C (rg * A x_t) + u y_s[t] + v)
 //
 // Three launches on one stream, none of which the host waits for: plan (runs of the batch -> tiles
 // and jobs), shrink (A x, for all slices of a tile at once), expand (B C of that, into y). Grids

@@ -33,7 +33,7 @@ MAX_EXPERTS = 64
 MAX_SLICES = 16
 
 # Values of `path` of `grouped_lora_`.
-DECODE, PREFILL = 0, 1
+DECODE, PREFILL, PREFILL_WGMMA = 0, 1, 2
 
 # Values of `codes` of `prompt_router`, in the order of its columns.
 POOLERS = ("self_attention", "mean", "max", "last")
@@ -81,13 +81,15 @@ def grouped_lora_(
         route_of: [num_tokens] int32, row of `gates`; −1 leaves the token untouched.
         adapter_of: [num_routes] int32; −1 = the bare base.
         experts: per slice its column of `gates`, `offsets`, `ranks` and `scales`.
-        path: `DECODE`, made for few rows per adapter, or `PREFILL`, for many. A row's bits depend
-            on the path and on nothing beside the row. The CPU has one path and takes both.
+        path: `DECODE`, made for few rows per adapter, or `PREFILL`, for many; `PREFILL_WGMMA`, the
+            same in the instructions of compute capability 9.0, for bfloat16 and float16 in rows
+            that start on 16 bytes. A row's bits depend on the path and on nothing beside the row.
+            The CPU has one path and takes all.
         rank_gates: [num_tokens, S, max_rank] float32, contiguous, or None. max_rank is 1 to 256 and
             at least the rank of every expert in use; what lies past an expert's rank is not read.
     Raises: RuntimeError if a dtype, shape, layout or device is wrong; on the CPU also if a route,
         adapter, rank or offset is out of range. CUDA kernels do not read these on the host: there
-        such a row is left untouched.
+        such a row is left untouched. `PREFILL_WGMMA` raises where it has no kernel.
     Note: accumulates in float32 and rounds once; where the CPU or GPU multiplies bf16 pairs,
         C (r ⊙ A x), not rounded before, is rounded to bf16 too, as torch does between two
         products. No host synchronisation,

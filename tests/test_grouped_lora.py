@@ -120,11 +120,24 @@ def run_pool(inputs: dict) -> list[torch.Tensor]:
 
 
 def clone_strided(t: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, NaN between the rows."""
     if t.is_contiguous():
         return t.clone()
-    wide = t.new_full((t.shape[0], t.shape[1] + 11), torch.nan)
-    wide[:, 3:-8] = t
-    return wide[:, 3:-8]
+    before = t.storage_offset() % t.stride(0)
+    wide = t.new_full((t.shape[0], t.stride(0)), torch.nan)
+    wide[:, before : before + t.shape[1]] = t
+    return wide[:, before : before + t.shape[1]]
+
+
+def on_16_bytes(inputs: dict) -> dict:
+    """x and y with rows that start on 16 bytes, NaN between them: what PREFILL_WGMMA takes."""
+
+    def move(t: torch.Tensor) -> torch.Tensor:
+        wide = t.new_full((t.shape[0], (t.shape[1] + 7) // 8 * 8 + 8), torch.nan)
+        wide[:, : t.shape[1]] = t
+        return wide[:, : t.shape[1]]
+
+    return {**inputs, "x": move(inputs["x"]), "y": [move(y) for y in inputs["y"]]}
 
 
 def check_pool_case(
@@ -413,7 +426,7 @@ POOL_ERRORS = [
     ({"x": torch.zeros(33, 7).T}, "x must be contiguous in its last dimension"),
     ({"y": [torch.zeros(7, 100)]}, "experts must have one column per slice"),
     ({"y": []}, "y must have 1 to 16 slices, got 0"),
-    ({"path": 2}, r"path must be 0 \(decode\) or 1 \(prefill\), got 2"),
+    ({"path": 3}, r"path must be 0 \(decode\), 1 \(prefill\) or 2 .*, got 3"),
     ({"experts": [0, 3]}, r"experts must be in \[0, 3\), got 3"),
     ({"route_of": torch.zeros(7, dtype=torch.int64)}, "route_of must be Int, got Long"),
     ({"route_of": torch.full((7,), 9, dtype=torch.int32)}, r"route_of must be in \[-1, 2\), got 9"),

@@ -11,6 +11,8 @@ add_library(cuda_bench OBJECT cuda_harness.cu
   ${kernels}/grouped_lora/decode/decode.cu
   ${kernels}/grouped_lora/prefill.cu
   ${kernels}/grouped_lora/sm90/fused.cu
+  ${kernels}/grouped_lora/sm90/prefill.cu
+  ${kernels}/grouped_lora/sm90/tensor_map.cu
   ${kernels}/grouped_lora/train.cu
   ${kernels}/prompt_router/backward.cu
   ${kernels}/prompt_router/forward.cu)

@@ -34,21 +34,10 @@ void check_base(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
   check_contiguous(kOp, "bias", *bias);
 }
 
-// Tensor copies read rows that start on 16 bytes.
-void check_rows_on_16(const char* name, const void* data, int64_t stride) {
-  check(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0, kOp, name,
-        " must have rows that start on 16 bytes on CUDA, got a row stride of ", stride,
-        " elements or an address that does not");
-}
-
 void run_fused_cuda(const Tensor& x, FusedLoraParams p) {
-  check(p.lora.dtype != Dtype::kFloat32, kOp,
-        "x must be bfloat16 or float16 on CUDA, got float32; call linear and grouped_lora_");
-  check(fused_lora_cuda_supported(x.get_device_index()), kOp,
-        "x must be on a GPU of compute capability 9.0 (H100, H200), got another; call linear and "
-        "grouped_lora_");
-  check_rows_on_16("x", p.lora.x, p.lora.x_stride);
-  check_rows_on_16("w", p.w, p.w_stride);
+  check_wgmma(kOp, x, "call linear and grouped_lora_");
+  check_rows_on_16(kOp, "x", p.lora.x, p.lora.x_stride);
+  check_rows_on_16(kOp, "w", p.w, p.w_stride);
   Tensor workspace = torch::stable::new_empty(x, {fused_lora_workspace(p)}, ScalarType::Byte);
   run_cuda(kOp, x,
            [&](void* stream) { return fused_lora_cuda(p, workspace.mutable_data_ptr(), stream); });

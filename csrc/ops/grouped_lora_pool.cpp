@@ -54,16 +54,28 @@ void run_cpu(const GroupedLoraPoolParams& params) {
   run_on_threads(threads, [&work, shared = &tasks] { shared->run(work); });
 }
 
+void check_wgmma_path(const GroupedLoraPoolParams& p, const Tensor& x) {
+  check_wgmma(kOp, x, "take path 1 (prefill)");
+  check_rows_on_16(kOp, "x", p.x, p.x_stride);
+  for (int64_t s = 0; s < p.num_slices; ++s) check_rows_on_16(kOp, "y", p.y[s], p.y_stride[s]);
+}
+
 // On the current device and stream. The workspace goes back to torch's allocator at once: what
 // takes it next is queued on the same stream.
 int launch_cuda(const GroupedLoraPoolParams& p, int64_t path, const Tensor& x, void* stream) {
-  const bool decode = path == kDecodePath;
+  if (path == kPrefillWgmmaPath) check_wgmma_path(p, x);
   const int64_t bytes =
-      decode ? grouped_lora_decode_workspace(p) : grouped_lora_prefill_workspace(p);
+      path == kDecodePath ? grouped_lora_decode_workspace(p) : grouped_lora_prefill_workspace(p);
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   void* memory = workspace.mutable_data_ptr();
-  return decode ? grouped_lora_decode_cuda(p, memory, stream)
-                : grouped_lora_prefill_cuda(p, memory, stream);
+  switch (path) {
+    case kDecodePath:
+      return grouped_lora_decode_cuda(p, memory, stream);
+    case kPrefillPath:
+      return grouped_lora_prefill_cuda(p, memory, stream);
+    default:
+      return grouped_lora_prefill_wgmma_cuda(p, memory, stream);
+  }
 }
 
 void set_rank_gates(const Tensor& rank_gates, const Tensor& x, GroupedLoraPoolParams* p) {
@@ -87,8 +99,8 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
                        const std::optional<Tensor>& rank_gates) {
   GroupedLoraPoolParams p =
       pool_params(kOp, y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts);
-  check(path == kDecodePath || path == kPrefillPath, kOp,
-        "path must be 0 (decode) or 1 (prefill), got ", path);
+  check(path >= kDecodePath && path <= kPrefillWgmmaPath, kOp,
+        "path must be 0 (decode), 1 (prefill) or 2 (prefill by wgmma), got ", path);
   if (rank_gates.has_value()) set_rank_gates(*rank_gates, x, &p);
   if (p.num_tokens == 0 || p.num_adapters == 0) return;
   if (x.is_cuda()) {

@@ -1,6 +1,8 @@
 // The shape law of ops that read experts from the pool, checked, and their Params.
 #include "ops/pool_params.h"
 
+#include "kernels/grouped_lora/sm90/device.h"
+
 namespace milora {
 namespace {
 
@@ -81,6 +83,19 @@ GroupedLoraPoolParams pool_params(const char* op, const Tensors& y, const Tensor
   p.route_of = static_cast<const int32_t*>(route_of.const_data_ptr());
   p.adapter_of = static_cast<const int32_t*>(adapter_of.const_data_ptr());
   return p;
+}
+
+void check_wgmma(const char* op, const Tensor& x, const char* advice) {
+  check(x.scalar_type() != ScalarType::Float, op,
+        "x must be bfloat16 or float16 on CUDA, got float32; ", advice);
+  check(has_wgmma(x.get_device_index()), op,
+        "x must be on a GPU of compute capability 9.0 (H100, H200), got another; ", advice);
+}
+
+void check_rows_on_16(const char* op, const char* name, const void* data, int64_t stride) {
+  check(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0, op, name,
+        " must have rows that start on 16 bytes on CUDA, got a row stride of ", stride,
+        " elements or an address that does not");
 }
 
 }  // namespace milora

@@ -13,4 +13,9 @@ GroupedLoraPoolParams pool_params(const char* op, const Tensors& y, const Tensor
                                   const Tensor& scales, const Tensor& gates, const Tensor& route_of,
                                   const Tensor& adapter_of, const std::vector<int64_t>& experts);
 
+// For kernels made of wgmma and tensor copies; `advice` ends the errors. What is checked: the GPU,
+// the dtype, and, by check_rows_on_16, where rows start.
+void check_wgmma(const char* op, const Tensor& x, const char* advice);
+void check_rows_on_16(const char* op, const char* name, const void* data, int64_t stride);
+
 }  // namespace milora

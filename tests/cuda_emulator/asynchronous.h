@@ -13,11 +13,13 @@ namespace milora::emulator {
 
 using Work = std::function<void()>;
 
-// A thread's own work in groups, which end in the order they were committed in: cp.async, wgmma.
+// A thread's own work in groups, which end in the order they were committed in: cp.async,
+// wgmma, tensor stores.
 struct WorkGroups {
   std::vector<Work> open;
   std::vector<std::vector<Work>> committed;
 
+  bool idle() const { return open.empty() && committed.empty(); }
   void commit() {
     committed.push_back(std::move(open));
     open.clear();

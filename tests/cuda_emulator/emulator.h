@@ -67,7 +67,7 @@ struct Fiber {
   bool (*ready)(const void*) = nullptr;  // whether what it waits for has come
   const void* condition = nullptr;
   std::optional<uint64_t> cluster_phase;  // arrived in, and not yet waited for
-  WorkGroups copies, products;            // cp.async, wgmma
+  WorkGroups copies, products, stores;    // cp.async, wgmma, tensor stores
 };
 
 struct Range {

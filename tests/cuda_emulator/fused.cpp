@@ -4,26 +4,21 @@
 #include "driver.h"
 #include "kernels/grouped_lora/sm80/plan.cuh"
 #include "kernels/grouped_lora/sm80/shrink.cuh"
+#include "tensor_map.h"
 
 namespace milora {
 namespace {
-
-CUtensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t stride,
-                       int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0) {
-    emulator::die("a tensor map needs rows on 16 bytes");
-  }
-  return {static_cast<const uint8_t*>(data), rows, columns, stride * 2, box_rows};
-}
 
 template <class T>
 void run(const FusedLoraParams& p, const fused::Workspace& workspace, unsigned blocks) {
   const GroupedLoraPoolParams& lora = p.lora;
   const CUtensorMap x_map =
-      tensor_map(lora.x, lora.num_tokens, lora.d_in, lora.x_stride, fused::kRows);
-  const CUtensorMap w_map = tensor_map(p.w, lora.d_out[0], lora.d_in, p.w_stride, fused::kColumns);
-  emulator::launch(1, prefill::kPlanThreads, 0,
-                   [&] { prefill::plan_kernel<T, true>(lora, workspace.shrink); });
+      emulator::tensor_map(lora.x, lora.num_tokens, lora.d_in, lora.x_stride, fused::kRows);
+  const CUtensorMap w_map =
+      emulator::tensor_map(p.w, lora.d_out[0], lora.d_in, p.w_stride, fused::kColumns);
+  emulator::launch(1, prefill::kPlanThreads, 0, [&] {
+    prefill::plan_kernel<T, prefill::kTileRows, true>(lora, workspace.shrink);
+  });
   emulator::launch(blocks, prefill::kThreads, prefill::kShrinkBytes,
                    [&] { prefill::shrink_kernel<T>(lora, workspace.shrink); });
   emulator::launch(blocks, prefill::kThreads, 0, [&] { fused::finish_kernel<T>(lora, workspace); });

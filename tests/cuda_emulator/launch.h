@@ -16,6 +16,7 @@ constexpr size_t kSharedAlignment = 1024;
 
 inline void run_fiber() {
   (*machine.kernel)();
+  if (!own_fiber().stores.idle()) die("tensor stores that their thread did not wait for");
   own_fiber().done = true;
   --own_block().running;
   _longjmp(machine.scheduler, 1);

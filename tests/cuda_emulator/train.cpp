@@ -16,7 +16,8 @@ constexpr unsigned kBlocks = 2;
 
 template <class T>
 void shrink(const GroupedLoraPoolParams& p, const prefill::Workspace& work) {
-  emulator::launch(1, prefill::kPlanThreads, 0, [&] { prefill::plan_kernel<T, false>(p, work); });
+  emulator::launch(1, prefill::kPlanThreads, 0,
+                   [&] { prefill::plan_kernel<T, prefill::kTileRows, false>(p, work); });
   emulator::launch(kBlocks, prefill::kThreads, prefill::kShrinkBytes,
                    [&] { prefill::shrink_kernel<T>(p, work); });
 }

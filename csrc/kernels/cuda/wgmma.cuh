@@ -38,9 +38,33 @@ __device__ __forceinline__ void tensor_load(void* to, const CUtensorMap* map, in
 #endif
 }
 
-// Ordinary writes of this thread to shared memory become visible to wgmma, once a barrier orders
-// them.
-__device__ __forceinline__ void publish_to_wgmma() {
+// The other way: starts writing the box in shared memory to the matrix; what lies outside of the
+// matrix is dropped. Stores of a thread form groups, as its cp.async do.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, int32_t column, int32_t row,
+                                             const void* from) {
+#ifdef MILORA_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(shared_address(from)), "r"(column), "r"(row)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void commit_stores() {
+#ifdef MILORA_SM90
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+// Waits until all but kPending of this thread's newest groups have read shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_stores_read() {
+#ifdef MILORA_SM90
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Ordinary accesses of this thread to shared memory come before those of wgmma and tensor copies,
+// once a barrier orders them.
+__device__ __forceinline__ void publish_shared() {
 #ifdef MILORA_SM90
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -86,27 +110,43 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from moving what it does with accumulators across a wait or a fence, which do
 // not name them.
-__device__ __forceinline__ void hold(float (&sums)[128]) {
+template <int kSums>
+__device__ __forceinline__ void hold(float (&sums)[kSums]) {
 #pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// sums [64, 256] (+)= a [64, 16] b [16, 256], both from shared memory by descriptor. Thread t of
-// the warpgroup holds rows t / 32 * 16 + t % 32 / 4 (sums[4 j], sums[4 j + 1]) and that + 8 (the
-// other two), columns 8 j + 2 (t % 4) and the next. kAcross: b's rows run along the 256 columns.
-template <class T, bool kAcross>
-__device__ __forceinline__ void wgmma_64x256x16(float (&sums)[128], uint64_t a, uint64_t b,
-                                                bool accumulate) {
+// CUTLASS's form of the instruction, by the number of columns.
+template <class T, int kColumns, cute::SM90::GMMA::Major kMajor>
+struct Wgmma;
+#define MILORA_WGMMA(columns)                                                                      \
+  template <cute::SM90::GMMA::Major kMajor>                                                        \
+  struct Wgmma<__nv_bfloat16, columns, kMajor>                                                     \
+      : cute::SM90::GMMA::MMA_64x##columns##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K,         \
+                                                               kMajor> {};                         \
+  template <cute::SM90::GMMA::Major kMajor>                                                        \
+  struct Wgmma<__half, columns, kMajor>                                                            \
+      : cute::SM90::GMMA::MMA_64x##columns##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, kMajor> { \
+  };
+MILORA_WGMMA(32)
+MILORA_WGMMA(64)
+MILORA_WGMMA(96)
+MILORA_WGMMA(128)
+MILORA_WGMMA(256)
+#undef MILORA_WGMMA
+
+// sums [64, kColumns] (+)= a [64, 16] b [16, kColumns], both from shared memory by descriptor.
+// Thread t of the warpgroup holds rows t / 32 * 16 + t % 32 / 4 (sums[4 j], sums[4 j + 1]) and that
+// + 8 (the other two), columns 8 j + 2 (t % 4) and the next. kAcross: b's rows run along the
+// columns of the sums.
+template <class T, int kColumns, bool kAcross>
+__device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b,
+                                      bool accumulate) {
   using namespace cute::SM90::GMMA;
-  constexpr Major kMajor = kAcross ? Major::MN : Major::K;
   const auto scale = accumulate ? ScaleOut::One : ScaleOut::Zero;
   [&]<size_t... i>(std::index_sequence<i...>) {
-    if constexpr (std::is_same_v<T, __half>) {
-      MMA_64x256x16_F32F16F16_SS<Major::K, kMajor>::fma(a, b, sums[i]..., scale);
-    } else {
-      MMA_64x256x16_F32BF16BF16_SS<Major::K, kMajor>::fma(a, b, sums[i]..., scale);
-    }
-  }(std::make_index_sequence<128>{});
+    Wgmma<T, kColumns, kAcross ? Major::MN : Major::K>::fma(a, b, sums[i]..., scale);
+  }(std::make_index_sequence<kColumns / 2>{});
 }
 
 }  // namespace milora

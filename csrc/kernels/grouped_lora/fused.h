@@ -14,14 +14,12 @@ struct FusedLoraParams {
 };
 
 #ifdef MILORA_CUDA
-// Whether this device has the kernel: compute capability 9.0.
-bool fused_lora_cuda_supported(int device);
+// Only where has_wgmma (sm90/device.h).
 int64_t fused_lora_workspace(const FusedLoraParams& params);
 // As grouped_lora_prefill_cuda.
 int fused_lora_cuda(const FusedLoraParams& params, void* workspace, void* stream);
 #else
 // Never reached: run_cuda fails first.
-inline bool fused_lora_cuda_supported(int) { return false; }
 inline int64_t fused_lora_workspace(const FusedLoraParams&) { return 0; }
 inline int fused_lora_cuda(const FusedLoraParams&, void*, void*) { return 0; }
 #endif

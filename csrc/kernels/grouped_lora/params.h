@@ -11,9 +11,9 @@ namespace milora {
 constexpr int kMaxSlices = 16;  // outputs that share one x: q, k, v and gate, up need at most 3
 constexpr int kMaxRank = 256;
 
-// The caller names the kernels: a row's bits may differ between the two, never within one. On the
-// CPU both mean the same loops.
-enum LoraPath : int64_t { kDecodePath = 0, kPrefillPath = 1 };
+// The caller names the kernels: a row's bits may differ between them, never within one. On the CPU
+// all mean the same loops.
+enum LoraPath : int64_t { kDecodePath = 0, kPrefillPath = 1, kPrefillWgmmaPath = 2 };
 
 // The columns of `offsets`. The core C [rank, rank] stands between A and B; absent, it is 1.
 enum ExpertPart : int { kPartA, kPartBt, kPartU, kPartV, kPartCore, kNumParts };

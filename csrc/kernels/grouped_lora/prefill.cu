@@ -39,9 +39,9 @@ cudaError_t launch_shrink(const GroupedLoraPoolParams& p, const Workspace& works
       shrink_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShrinkBytes);
   if (error != cudaSuccess) return error;
   if (workspace.block_begin != nullptr) {
-    plan_kernel<T, true><<<1, kPlanThreads, 0, stream>>>(p, workspace);
+    plan_kernel<T, kTileRows, true><<<1, kPlanThreads, 0, stream>>>(p, workspace);
   } else {
-    plan_kernel<T, false><<<1, kPlanThreads, 0, stream>>>(p, workspace);
+    plan_kernel<T, kTileRows, false><<<1, kPlanThreads, 0, stream>>>(p, workspace);
   }
   // Every token may be a tile of its own; the device knows better, and blocks without work leave.
   const int64_t units = p.num_tokens * num_splits(p.d_in);

@@ -77,12 +77,12 @@ struct Workspace {
   int32_t* block_begin;
 };
 
-// The first token of the tile that holds token t, in the run that starts at `start`. A tile of an
-// aligned plan also begins at every multiple of kTileRows.
-template <bool kAligned>
+// The first token of the tile that holds token t, in the run that starts at `start`: tiles have up
+// to kRows rows. A tile of an aligned plan also begins at every multiple of kRows.
+template <int kRows, bool kAligned>
 MILORA_HOST_DEVICE int64_t tile_first(int64_t t, int64_t start) {
-  if (!kAligned) return t - (t - start) % kTileRows;
-  const int64_t boundary = t - t % kTileRows;
+  if (!kAligned) return t - (t - start) % kRows;
+  const int64_t boundary = t - t % kRows;
   return boundary > start ? boundary : start;
 }
 

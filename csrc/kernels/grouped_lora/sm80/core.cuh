@@ -47,8 +47,9 @@ __device__ __forceinline__ float4 hidden_four(const GroupedLoraPoolParams& p, co
 }
 
 // put(row, k, S) for each row of the tile and each rank, and 0 up to the next multiple of 16. All
-// kThreads threads of the block must call it; `staged` is theirs until it returns, after a barrier.
-template <class T, class Put>
+// kBlockThreads threads of the block must call it; `staged` is theirs until it returns, after a
+// barrier.
+template <class T, int kBlockThreads = kThreads, class Put>
 __device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p, const float* partials,
                                               const Tile& tile, int slice, int rank,
                                               const uint8_t* core, CoreRows& staged,
@@ -60,7 +61,7 @@ __device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p, co
     const int left = tile.rows - first;
     const int rows = left < kCoreRows ? left : kCoreRows;
     __syncthreads();  // the rows before may still be read
-    for (int i = threadIdx.x; i < kCoreRows * padded / 4; i += kThreads) {
+    for (int i = threadIdx.x; i < kCoreRows * padded / 4; i += kBlockThreads) {
       const int row = i % kCoreRows, r = i / kCoreRows * 4;
       float4 four = {0.0f, 0.0f, 0.0f, 0.0f};
       if (row < rows) four = hidden_four(p, partials, tile.first + first + row, slice, rank, r);
@@ -70,7 +71,7 @@ __device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p, co
       staged[r + 3][row] = four.w;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < padded * (kCoreRows / kCoreRowsAtOnce); i += kThreads) {
+    for (int i = threadIdx.x; i < padded * (kCoreRows / kCoreRowsAtOnce); i += kBlockThreads) {
       const int k = i % padded, row = i / padded * kCoreRowsAtOnce;
       if (row >= rows) continue;
       float sums[kCoreRowsAtOnce] = {};

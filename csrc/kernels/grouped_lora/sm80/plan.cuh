@@ -1,7 +1,7 @@
 // Finds the runs of a batch on the device: what the prefill kernels work on.
 //
-// Neighbouring tokens of one route form a run; a run is cut into tiles of up to kTileRows rows,
-// counted from its first token, or, in an aligned plan, at multiples of kTileRows of the batch. A
+// Neighbouring tokens of one route form a run; a run is cut into tiles of up to kRows rows,
+// counted from its first token, or, in an aligned plan, at multiples of kRows of the batch. A
 // token begins a tile where tile_first(t, start of its run) is t itself, and ends one where the
 // next token begins a tile or another run. So two scans over the tokens do: a maximum (the run's
 // start) and a sum (the tile's number, and that of its jobs).
@@ -57,7 +57,7 @@ __device__ __forceinline__ V block_scan(V value, V carry, V* per_warp, const Com
   return combine(before, value);
 }
 
-template <class T, bool kAligned>
+template <class T, int kRows, bool kAligned>
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const __grid_constant__ GroupedLoraPoolParams p, Workspace workspace) {
   __shared__ PlanShared shared;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     for (int i = 0; i < kPlanItems; ++i) {
       if (start[i] < 0) start[i] = before;
       const int64_t t = first + i;
-      const bool begins = route[i] >= 0 && tile_first<kAligned>(t, start[i]) == t;
+      const bool begins = route[i] >= 0 && tile_first<kRows, kAligned>(t, start[i]) == t;
       count += begins ? 1 + (static_cast<int64_t>(__popc(slices[i])) << 32) : 0;
     }
     int64_t number = block_scan(count, done, shared.warp_sum, add) - count;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kPlanThreads)
         workspace.block_begin[t / kBlockRows] = static_cast<int32_t>(number & 0xffffffff);
       }
       if (route[i] < 0) continue;
-      const auto row = static_cast<int32_t>(t - tile_first<kAligned>(t, start[i]));
+      const auto row = static_cast<int32_t>(t - tile_first<kRows, kAligned>(t, start[i]));
       if (row == 0) {
         const auto tile = static_cast<int32_t>(number & 0xffffffff);
         workspace.tiles[tile].first = t;
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kPlanThreads)
         }
         number += 1 + (static_cast<int64_t>(__popc(slices[i])) << 32);
       }
-      const bool ends = route[i + 1] != route[i] || tile_first<kAligned>(t + 1, start[i]) == t + 1;
+      const bool ends =
+          route[i + 1] != route[i] || tile_first<kRows, kAligned>(t + 1, start[i]) == t + 1;
       if (ends) workspace.tiles[(number & 0xffffffff) - 1].rows = static_cast<int16_t>(row + 1);
     }
 

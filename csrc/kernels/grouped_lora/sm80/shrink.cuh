@@ -17,7 +17,7 @@
 // x and A alone. Blocks are persistent and take units in a fixed stride; nothing is atomic.
 #pragma once
 
-#include "kernels/grouped_lora/sm80/expert.cuh"
+#include "kernels/grouped_lora/sm80/columns.cuh"
 #include "kernels/grouped_lora/sm80/tile.cuh"
 
 namespace milora::prefill {
@@ -105,24 +105,8 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
 
     for (int first_block = 0;; first_block += kRankBlocks) {
       // ---- the columns of this pass ----
-      int total = 0;  // rank blocks of all active slices
-      Column column{nullptr, 0};
-      const int my_block = first_block + static_cast<int>(threadIdx.x) / kRankBlock;
-      for (int s = 0; s < p.num_slices; ++s) {
-        if ((tile.slices >> s & 1) == 0) continue;
-        const int64_t entry = tile.adapter * p.num_experts + p.expert[s];
-        const int rank = p.ranks[entry];
-        const int row =
-            (my_block - total) * kRankBlock + static_cast<int>(threadIdx.x) % kRankBlock;
-        const int rank_blocks = static_cast<int>(ceil_div(rank, kRankBlock));
-        if (row >= 0 && row < rank_blocks * kRankBlock) {
-          column.target = partial_row(p, split, s, tile.first) + row;
-          if (row < rank) {
-            column.row = p.pool + offsets_at(p, entry)[kPartA] + row * pool_row_bytes<T>(p.d_in);
-          }
-        }
-        total += rank_blocks;
-      }
+      int total;
+      const Column column = column_at<T>(p, tile, split, first_block, threadIdx.x, &total);
       const int blocks = total - first_block < kRankBlocks ? total - first_block : kRankBlocks;
       if (blocks <= 0) break;  // the whole block agrees
       __syncthreads();         // the pass before may still read columns and stages

@@ -25,9 +25,9 @@
 #pragma once
 
 #include "kernels/cuda/tensor_core.cuh"
-#include "kernels/cuda/wgmma.cuh"
 #include "kernels/grouped_lora/sm80/core.cuh"
-#include "kernels/grouped_lora/sm90/config.h"
+#include "kernels/grouped_lora/sm90/fused_config.h"
+#include "kernels/grouped_lora/sm90/operand.cuh"
 
 namespace milora::fused {
 
@@ -176,7 +176,7 @@ __device__ __forceinline__ void produce(const FusedLoraParams& p, const Workspac
         fill_rank_stage(stages + at.stage * kStageBytes, p.lora, workspace.hidden, segment, expert,
                         rank, row_begin, column_begin);
         wait_copies<0>();
-        publish_to_wgmma();
+        publish_shared();
         named_barrier<1, kGroupThreads>();
         if (threadIdx.x == 0) barrier_arrive(&ring.full[at.stage]);
       }
@@ -190,16 +190,6 @@ struct Half {
   int64_t row;     // and row + 8
   int64_t column;  // + 8 j, and the next
 };
-
-// A wgmma operand of 16-bit elements in rows of 128 bytes under the 128-byte swizzle (piece ^ row %
-// 8 of eight 16-byte pieces, rows counted from 1024 bytes). In bytes: `group` from eight rows to
-// the next eight; `across`, for operands whose rows run along M or N, from 64 of these to the
-// next 64.
-__device__ __forceinline__ uint64_t operand(const void* at, uint32_t group, uint32_t across) {
-  return static_cast<uint64_t>((shared_address(at) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(group >> 4) << 32 |
-         static_cast<uint64_t>(1) << 62;
-}
 
 // One stage of kSteps times 16. Leaves its wgmma under way. The count is a constant, since a branch
 // between two wgmma makes the compiler wait for the first.
@@ -217,7 +207,7 @@ __device__ __forceinline__ void multiply_stage(Half& half, const uint8_t* stage,
     // Bt: 16 rows of depth further, blocks of 64 columns beside each other. W: 32 bytes further.
     const uint64_t b = kRank ? operand(w + k * 16 * kRowBytes, 8 * kRowBytes, kBlockBytes)
                              : operand(w + k * 32, 8 * kRowBytes, 16);
-    wgmma_64x256x16<T, kRank>(half.sums, a, b, accumulate);
+    wgmma<T, kColumns, kRank>(half.sums, a, b, accumulate);
     accumulate = true;
   }
   wgmma_commit();

@@ -45,6 +45,18 @@ float operand_element(uint64_t descriptor, bool runs_across, int outer, int k) {
   return to_float(value);
 }
 
+inline void store_box(const uint8_t* from, const CUtensorMap& map, int64_t first_column,
+                      int64_t first_row) {
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int c = 0; c < kBoxColumns; ++c) {
+      const int64_t row = first_row + r, column = first_column + c;
+      if (row >= map.rows || column >= map.columns) continue;
+      memcpy(const_cast<uint8_t*>(map.data) + row * map.row_bytes + column * 2,
+             from + swizzle_128(r * kBoxRowBytes + c * 2), 2);
+    }
+  }
+}
+
 }  // namespace emulator
 
 inline void barrier_init_count(uint64_t* barrier, uint32_t arrivals) {
@@ -62,7 +74,19 @@ inline void tensor_load(void* to, const CUtensorMap* map, int32_t column, int32_
       {bytes, [=, box = *map] { emulator::copy_box(target, box, column, row); }});
 }
 
-inline void publish_to_wgmma() {}
+inline void tensor_store(const CUtensorMap* map, int32_t column, int32_t row, const void* from) {
+  if (shared_address(from) % 1024 != 0) emulator::die("a tensor copy must come from 1024 bytes");
+  emulator::own_fiber().stores.open.push_back([=, box = *map] {
+    emulator::store_box(static_cast<const uint8_t*>(from), box, column, row);
+  });
+}
+inline void commit_stores() { emulator::own_fiber().stores.commit(); }
+template <int kPending>
+void wait_stores_read() {
+  emulator::own_fiber().stores.wait(kPending);
+}
+
+inline void publish_shared() {}
 
 template <int kBarrier, int kThreads>
 void named_barrier() {
@@ -76,7 +100,8 @@ void give_registers() {}
 template <int kRegisters>
 void take_registers() {}
 
-inline void hold(float (&)[128]) {}
+template <int kSums>
+void hold(float (&)[kSums]) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::own_fiber().products.commit(); }
 // Of a whole warp: no lane may go on, and give a stage back, while others still have to multiply.
@@ -86,8 +111,8 @@ void wgmma_wait() {
   emulator::meet(emulator::own_warp().barrier);
 }
 
-template <class T, bool kAcross>
-void wgmma_64x256x16(float (&sums)[128], uint64_t a, uint64_t b, bool accumulate) {
+template <class T, int kColumns, bool kAcross>
+void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
   if (a >> 62 != 1 || b >> 62 != 1) emulator::die("wgmma: only the 128-byte swizzle is emulated");
   emulator::own_fiber().products.open.push_back([&sums, a, b, accumulate] {
     using emulator::operand_element;
@@ -99,7 +124,7 @@ void wgmma_64x256x16(float (&sums)[128], uint64_t a, uint64_t b, bool accumulate
         rows[m][k] = operand_element<T>(a, false, row, k);
       }
     }
-    for (int j = 0; j < 32; ++j) {
+    for (int j = 0; j < kColumns / 8; ++j) {
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * j + thread % 4 * 2 + i;
         float dots[2] = {};

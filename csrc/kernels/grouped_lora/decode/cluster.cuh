@@ -11,11 +11,13 @@
 //   3. Every block multiplies that with its columns of Bt and updates its columns of y.
 // No atomics; the order of every sum follows from d_in and the rank.
 //
-// Memory. The tiles of A and Bt of all items of a block form one sequence. Warp 0 keeps kStages
-// tiles of 16 KB ahead of it with bulk copies, a row (up to 1 KB) per lane: while the cluster waits
-// in step 2, Bt and the next item's A are on their way. A stage is refilled after the barrier that
-// ends its use; reading it before that is ordered by the barrier, so no proxy fence is needed.
-// 5 stages and the sums take 107 KB: two blocks, or 160 KB in flight, per multiprocessor.
+// Memory. The tiles of A and Bt of all items of a block form one sequence. Warps 0 to 3 keep
+// kStages tiles of 16 KB ahead of it with bulk copies of a row (up to 1 KB): while the cluster
+// waits in step 2, Bt and the next item's A are on their way. The copies of one warp start one
+// after the other (their operands are uniform registers), so four warps, one a scheduler, start
+// four each. A stage is refilled after the barrier that ends its use; reading it before that is
+// ordered by the barrier, so no proxy fence is needed. 5 stages and the sums take 107 KB: two
+// blocks, or 160 KB in flight, per multiprocessor.
 //
 // Floor. Bytes = (rank (d_in + d_out) + rows (d_in + 2 d_out)) itemsize per item, each weight read
 // once; 2 FLOPs per weight and row. 4096 -> 4096, rank 32, bf16: 512 KiB an item.
@@ -38,6 +40,8 @@
 namespace milora {
 
 constexpr int kStages = 5;
+constexpr int kCopyWarps = 4;
+constexpr int kCopyThreads = kCopyWarps * kWarp;
 
 using LoraStage = uint4[kTileRanks][kTileVectors];
 
@@ -64,7 +68,7 @@ struct BlockWork {
   int part;        // block of the cluster
   uint32_t taken;  // tiles used up since the kernel began
   bool reading;    // the other blocks may still read block_sums
-  // The next tile to copy; only warp 0 follows.
+  // The next tile to copy; only the warps that copy follow.
   uint32_t issued;
   int32_t next_item, next_tile;
 
@@ -75,7 +79,7 @@ struct BlockWork {
     return share_of(vectors_of(p.d_out[item.slice], kVecOf<T>), part);
   }
 
-  // Warp 0: starts copying the next tile, if there is one.
+  // The first kCopyThreads: start copying the next tile, if there is one.
   __device__ __forceinline__ void issue() {
     for (; next_item < num_items; ++next_item, next_tile = 0) {
       const LoraItem& item = shared.list.items[next_item];
@@ -87,14 +91,14 @@ struct BlockWork {
                                     : shrink_tile_at(item.rank, in.count, next_tile);
       const int64_t row_vectors = vectors_of(expands ? p.d_out[item.slice] : p.d_in, kVecOf<T>);
       const int32_t stage = issued % kStages;
-      const int lane = threadIdx.x % kWarp;
       const uint32_t row_bytes = tile.num_vectors * kVectorBytes;
-      if (lane == 0) barrier_expect(&shared.filled[stage], tile.num_ranks * row_bytes);
-      __syncwarp();
-      if (lane < tile.num_ranks) {
-        const int64_t first = (tile.first_rank + lane) * row_vectors +
+      // Other warps' copies may land before: the phase cannot end without this arrival.
+      if (threadIdx.x == 0) barrier_expect(&shared.filled[stage], tile.num_ranks * row_bytes);
+      const int rank = threadIdx.x % kWarp * kCopyWarps + threadIdx.x / kWarp;
+      if (rank < tile.num_ranks) {
+        const int64_t first = (tile.first_rank + rank) * row_vectors +
                               (expands ? out.begin : in.begin) + tile.first_vector;
-        bulk_load(shared.stages[stage][lane],
+        bulk_load(shared.stages[stage][rank],
                   p.pool + (expands ? item.bt : item.a) + first * kVectorBytes, row_bytes,
                   &shared.filled[stage]);
       }
@@ -115,7 +119,7 @@ struct BlockWork {
   __device__ __forceinline__ void release() {
     __syncthreads();
     ++taken;
-    if (threadIdx.x < kWarp) issue();
+    if (threadIdx.x < kCopyThreads) issue();
   }
 
   template <int R>
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       const ItemCount count = find_items<T>(p, base, window, worker, workers, shared.list);
       work.num_items = count.here;
       work.next_item = work.next_tile = 0;
-      for (int i = 0; i < kStages && threadIdx.x < kWarp; ++i) work.issue();
+      for (int i = 0; i < kStages && threadIdx.x < kCopyThreads; ++i) work.issue();
       for (int32_t i = 0; i < count.here; ++i) {
         if (shared.list.items[i].rank > 0) work.serve(shared.list.items[i]);
       }

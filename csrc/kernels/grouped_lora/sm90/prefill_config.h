@@ -29,11 +29,13 @@ constexpr int kGroupRows = 64;  // of wgmma, and of a warpgroup
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kRows / kGroupRows * kGroupThreads;
 // A tensor copy brings 8 rows of 128 bytes, the unit of the swizzle: a short tile asks for the rows
-// that it has, rounded up to 8, and a lane of warp 0 starts each.
+// that it has, rounded up to 8. Copies of one warp start one after the other (their operands are
+// uniform registers), so two threads of each warp start one.
 constexpr int kBoxRows = 8;
 constexpr int kBoxBytes = kBoxRows * kRowBytes;
 constexpr int kBoxes = kRows / kBoxRows;
-static_assert(kBoxes <= 32);
+constexpr int kThreadsPerBox = kThreads / kBoxes;
+static_assert(kThreadsPerBox >= 1);
 MILORA_HOST_DEVICE int boxes_of(const Tile& tile) { return (tile.rows + kBoxRows - 1) / kBoxRows; }
 constexpr int kDepth = 64;  // 16-bit elements in 128 bytes
 

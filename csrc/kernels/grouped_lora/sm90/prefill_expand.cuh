@@ -23,8 +23,8 @@
 #include "kernels/cuda/tensor_core.cuh"
 #include "kernels/grouped_lora/sm80/core.cuh"
 #include "kernels/grouped_lora/sm80/tile.cuh"
+#include "kernels/grouped_lora/sm90/boxes.cuh"
 #include "kernels/grouped_lora/sm90/operand.cuh"
-#include "kernels/grouped_lora/sm90/prefill_config.h"
 
 namespace milora::prefill_wgmma {
 
@@ -93,7 +93,7 @@ struct Loads {
       const uint32_t stage = issued % kExpandStages;
       const int64_t column = unit.column_begin + step / unit.rank_steps * kDepth;
       const int first_rank = step % unit.rank_steps * kRanksPerStage;
-      if (threadIdx.x < kWarp) load_y(stage, column);
+      load_y(stage, column);
       load_bt(shared.stages[stage] + kYBytes, column, first_rank);
       if (++step == unit.steps) {
         index += gridDim.x;
@@ -108,16 +108,14 @@ struct Loads {
  private:
   // y is wanted with the last ranks. The barrier's phase passes in any case.
   __device__ __forceinline__ void load_y(uint32_t stage, int64_t column) {
-    const int box = threadIdx.x, boxes = boxes_of(unit.tile);
-    wait_stores_read<1>();  // a lane has stored the box that it loads
-    __syncwarp();
+    const int box = own_box(), boxes = boxes_of(unit.tile);
     if (step % unit.rank_steps != unit.rank_steps - 1) {
-      if (box == 0) barrier_arrive(&shared.filled[stage]);
+      if (threadIdx.x == 0) barrier_arrive(&shared.filled[stage]);
       return;
     }
-    if (box == 0) barrier_expect(&shared.filled[stage], boxes * kBoxBytes);
-    __syncwarp();
+    if (threadIdx.x == 0) barrier_expect(&shared.filled[stage], boxes * kBoxBytes);
     if (box < boxes) {
+      wait_stores_read<1>();  // the thread that loads a box is the one that stored it
       tensor_load(shared.stages[stage] + box * kBoxBytes, &maps.slice[unit.slice],
                   static_cast<int32_t>(column), unit.tile.first + box * kBoxRows,
                   &shared.filled[stage]);
@@ -231,16 +229,16 @@ struct Update {
   }
 };
 
-// The tile's rows from shared memory to y: whole boxes by lanes of warp 0, the rest by threads.
+// The tile's rows from shared memory to y: whole boxes by the copy engine, the rest by threads.
 template <class T>
 __device__ __forceinline__ void store_y(const GroupedLoraPoolParams& p, const CUtensorMap* map,
                                         const ExpandUnit& unit, const uint8_t* y_tile,
                                         int64_t column) {
   constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
-  const int whole = unit.tile.rows / kBoxRows;
-  if (static_cast<int>(threadIdx.x) < whole) {
-    tensor_store(map, static_cast<int32_t>(column), unit.tile.first + threadIdx.x * kBoxRows,
-                 y_tile + threadIdx.x * kBoxBytes);
+  const int whole = unit.tile.rows / kBoxRows, box = own_box();
+  if (box < whole) {
+    tensor_store(map, static_cast<int32_t>(column), unit.tile.first + box * kBoxRows,
+                 y_tile + box * kBoxBytes);
   }
   const int row = whole * kBoxRows + threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
   if (row >= unit.tile.rows) return;

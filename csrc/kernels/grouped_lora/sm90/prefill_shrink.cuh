@@ -20,8 +20,8 @@
 #include "kernels/cuda/tensor_core.cuh"
 #include "kernels/grouped_lora/sm80/columns.cuh"
 #include "kernels/grouped_lora/sm80/tile.cuh"
+#include "kernels/grouped_lora/sm90/boxes.cuh"
 #include "kernels/grouped_lora/sm90/operand.cuh"
-#include "kernels/grouped_lora/sm90/prefill_config.h"
 
 namespace milora::prefill_wgmma {
 
@@ -45,14 +45,11 @@ __device__ __forceinline__ void shrink_pass(const ShrinkPass& pass, const Groupe
     if (step < steps) {
       const uint32_t stage = (taken + step) % kShrinkStages;
       const int64_t k = pass.k_begin + static_cast<int64_t>(step) * kDepth;
-      if (threadIdx.x < kWarp) {
-        const int box = threadIdx.x, boxes = boxes_of(pass.tile);
-        if (box == 0) barrier_expect(&shared.filled[stage], boxes * kBoxBytes);
-        __syncwarp();
-        if (box < boxes) {
-          tensor_load(shared.stages[stage] + box * kBoxBytes, x_map, static_cast<int32_t>(k),
-                      pass.tile.first + box * kBoxRows, &shared.filled[stage]);
-        }
+      const int box = own_box(), boxes = boxes_of(pass.tile);
+      if (threadIdx.x == 0) barrier_expect(&shared.filled[stage], boxes * kBoxBytes);
+      if (box < boxes) {
+        tensor_load(shared.stages[stage] + box * kBoxBytes, x_map, static_cast<int32_t>(k),
+                    pass.tile.first + box * kBoxRows, &shared.filled[stage]);
       }
       const int piece = threadIdx.x % kPieces;
       const int64_t at = k + piece * kItems;

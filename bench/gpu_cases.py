@@ -136,6 +136,10 @@ PREFILL_TESTS = (
     r"|test_(rank_gates|cores)::\w+\[.*-1\]"
     r"|test_cuda_graphs::test_(grouped_lora_replays|streams_do_not_disturb\w+)\[1"
 )
+WGMMA_TESTS = (
+    r"test_prefill_wgmma::"
+    r"|test_cuda_graphs::test_(grouped_lora_replays|streams_do_not_disturb\w+)\[2"
+)
 TRAIN_TESTS = r"test_grouped_lora::test_train|test_cuda_graphs::test_training"
 ROUTER_TESTS = r"test_prompt_router::|test_cuda_graphs::test_prompt_router"
 KERNELS = {
@@ -146,6 +150,9 @@ KERNELS = {
         "grouped_lora_, decode: two launches", DECODE_TESTS, lambda c: not has_clusters(c)
     ),
     "prefill": Kernel("grouped_lora_, prefill", PREFILL_TESTS),
+    "prefill_wgmma": Kernel(
+        "grouped_lora_, prefill by wgmma (9.0)", WGMMA_TESTS, lambda c: c == 90
+    ),
     "fused_lora": Kernel(
         "fused_lora (9.0)", r"test_fused_lora::|::test_fused_lora", lambda c: c == 90
     ),

@@ -31,7 +31,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1  # nothing here needs the network
 
 ops_tests=(tests/test_grouped_lora.py tests/test_prompt_router.py tests/test_fused_lora.py
-  tests/test_cuda_graphs.py tests/test_pool_copies.py)
+  tests/test_prefill_wgmma.py tests/test_cuda_graphs.py tests/test_pool_copies.py)
 variants=(tests/test_rank_gates.py tests/test_cores.py)  # of grouped_lora_
 
 stage_load() {

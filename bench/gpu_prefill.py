@@ -18,8 +18,8 @@ from gpu_compare import Setting, compare
 from gpu_problem import Problem
 from tenants import MODULES
 
-NAMES = ("base", "milora", "fused", *gpu_providers.RIVALS)
-KERNELS = {"milora": "prefill", "fused": "fused_lora"}
+NAMES = ("base", "milora", "wgmma", "fused", *gpu_providers.RIVALS)
+KERNELS = {"milora": "prefill", "wgmma": "prefill_wgmma", "fused": "fused_lora"}
 
 
 def run(s: Setting, dtype: torch.dtype) -> None:

@@ -68,9 +68,18 @@ class Milora(Provider):
 
     def call(self, weights: Weights) -> Call:
         arguments, ys, x = self.arguments(weights), self.problem.slices(), self.problem.x
-        path = ops.DECODE if self.problem.tokens == 1 else ops.PREFILL
-        columns = list(range(len(ys)))
+        path, columns = self.path(), list(range(len(ys)))
         return lambda: ops.grouped_lora_(ys, x, *arguments, columns, path)
+
+    def path(self) -> int:
+        return ops.DECODE if self.problem.tokens == 1 else ops.PREFILL
+
+
+class Wgmma(Milora):
+    """Ours by the instructions that 9.0 alone has."""
+
+    def path(self) -> int:
+        return ops.PREFILL_WGMMA
 
 
 class Fused(Milora):
@@ -176,7 +185,10 @@ class Engine(Provider):
         return run
 
 
-OURS = {"base": Base, "milora": Milora, "fused": Fused, "stacked": Stacked, "peft": Peft}
+OURS = {
+    "base": Base, "milora": Milora, "wgmma": Wgmma, "fused": Fused, "stacked": Stacked,
+    "peft": Peft,
+}  # fmt: skip
 PROVIDERS = (*OURS, *peers.PEERS)
 RIVALS = ("stacked", "peft", *peers.PEERS)
 

@@ -9,12 +9,12 @@ from gpu_cases import KERNELS, TARGETS
 from results import arguments, collect, everything, newest, table
 
 UNMEASURED = "*unmeasured*"
-OURS = ("milora", "fused")
+OURS = ("milora", "wgmma", "fused")
 HEAD = """# CUDA kernels
 
 Written by `bench/gpu_report.py` from the JSON lines in `bench/results/gpu.jsonl`; never edited.
 `bench/gpu_check.sh` makes them on a GPU machine. All kernels compile for sm_80, sm_90a,
-sm_100 and sm_120, `fused_lora` for sm_90a alone.
+sm_100 and sm_120, `fused_lora` and prefill by wgmma for sm_90a alone.
 """
 TARGETS_HEAD = """
 ## Targets

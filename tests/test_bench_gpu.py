@@ -87,7 +87,7 @@ def test_every_stage_measures_its_rivals(lines):
     torch_alone = {"milora", "stacked", "peft", "grouped_mm"}
     assert torch_alone <= providers(lines, "g1 4x4 r8 distinct 128-128", "time")
     for case in ("g3 all", "g3 top_k 3"):
-        assert torch_alone | {"base", "fused"} <= providers(lines, case, "time")
+        assert torch_alone | {"base", "wgmma", "fused"} <= providers(lines, case, "time")
     for case in ("g2 eager", "g2 graph"):
         assert providers(lines, case, "decode_step") == {"base", "milora", "peft"}
     for case in ("g5 eager beam 1", "g5 graph beam 3"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_fused_lora import arguments, on
 from test_grouped_lora import PATHS, Case, pool_inputs, to_device, train_inputs
+from test_prefill_wgmma import needs_wgmma
 from test_prompt_router import in_pool, router_inputs
 
 from milora import _build, ops
@@ -67,8 +68,10 @@ def change_values(inputs: dict, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, ops.PREFILL_WGMMA])
 def test_grouped_lora_replays(path, dtype):
+    if path == ops.PREFILL_WGMMA:
+        needs_wgmma(dtype)
     inputs = to_device(pool_inputs(CASE, dtype), "cuda")
     start = [t.clone() for t in inputs["y"]]
 
@@ -142,9 +145,11 @@ def test_prompt_router_replays(d):
         assert_replays(graph, call, outputs)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, ops.PREFILL_WGMMA])
 def test_streams_do_not_disturb_each_other(path):
     """Two streams at once, each with its own workspace: the bits of one after the other."""
+    if path == ops.PREFILL_WGMMA:
+        needs_wgmma()
     both = [to_device(pool_inputs(CASE, torch.bfloat16), "cuda") for _ in range(2)]
     want = []
     for inputs in both:

@@ -146,9 +146,12 @@ def check_pool_case(
     check_pool_inputs(pool_inputs(case, dtype), device, path)
 
 
-def check_pool_inputs(inputs: dict, device: str = "cpu", path: int = ops.DECODE) -> None:
+def check_pool_inputs(
+    inputs: dict, device: str = "cpu", path: int = ops.DECODE, lay_out=lambda inputs: inputs
+) -> None:
+    """Against the reference; `lay_out` changes the layout of inputs that are on the device."""
     dtype = inputs["x"].dtype
-    actual = run_pool({**to_device(inputs, device), "path": path})
+    actual = run_pool({**lay_out(to_device(inputs, device)), "path": path})
     expected = [t.double() for t in inputs["y"]]
     reference.grouped_lora_(
         **{**inputs, "y": expected, "x": inputs["x"].double()}, pool_dtype=dtype

@@ -1,6 +1,7 @@
 // Times the CUDA kernels of grouped_lora_ (decode, prefill) and fused_lora, without Python and
-// torch; prefill beside CUTLASS's grouped GEMM. One adapter per request; weights rotate over copies
-// that no cache holds. "base" is a copy of as many bytes: adapters, x, and y read and written.
+// torch; prefill in both forms and beside CUTLASS's grouped GEMM. One adapter per request; weights
+// rotate over copies that no cache holds. "base" is a copy of as many bytes: adapters, x, and y
+// read and written.
 #include <cmath>
 #include <cstdio>
 
@@ -11,6 +12,7 @@
 #include "kernels/grouped_lora/decode/plan.h"
 #include "kernels/grouped_lora/fused.h"
 #include "kernels/grouped_lora/prefill.h"
+#include "kernels/grouped_lora/sm90/device.h"
 
 namespace milora::bench {
 namespace {
@@ -85,7 +87,7 @@ class Problem {
     return 2 * num_tokens() * (update + (c_.path == Path::kFused ? c_.d_in * c_.d_out : 0));
   }
 
-  int launch(int turn, cudaStream_t stream) {
+  int launch(int turn, cudaStream_t stream, bool by_wgmma = false) {
     const GroupedLoraPoolParams p = params(turn);
     if (c_.path == Path::kFused) {
       FusedLoraParams f{};
@@ -96,7 +98,8 @@ class Problem {
     }
     if (c_.path == Path::kPrefill) {
       void* space = scratch_.of(grouped_lora_prefill_workspace(p));
-      return grouped_lora_prefill_cuda(p, space, stream);
+      return by_wgmma ? grouped_lora_prefill_wgmma_cuda(p, space, stream)
+                      : grouped_lora_prefill_cuda(p, space, stream);
     }
     return grouped_lora_decode_cuda(p, scratch_.of(grouped_lora_decode_workspace(p)), stream);
   }
@@ -269,7 +272,10 @@ std::vector<Case> cases_of(const Options& options) {
   cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, 32, 3});
   cases.push_back({Path::kPrefill, 64, 64, 4096, 4096, 32});
   cases.push_back({Path::kPrefill, 128, 16, 4096, 4096, 32});
-  cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, 128});
+  for (int64_t rank : {64, 128, 256}) {
+    cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, rank});
+  }
+  cases.push_back({Path::kPrefill, 8, 512, 4096, 4096, 64, 3});
   return cases;
 }
 
@@ -284,6 +290,15 @@ void measure(const Case& c, const Options& options, Report* report) {
       {"milora", [&](int turn, cudaStream_t stream) { return problem.launch(turn, stream); }}};
   problem.check_result("milora", providers[0].launch);
   if (c.path == Path::kPrefill) {
+    if (has_wgmma(0)) {
+      const Launch by_wgmma = [&](int turn, cudaStream_t stream) {
+        return problem.launch(turn, stream, true);
+      };
+      problem.check_result("wgmma", by_wgmma);
+      providers.push_back({"wgmma", by_wgmma});
+    } else {
+      report->absent(result, "wgmma", "needs compute capability 9.0");
+    }
     for (const Rival& rival : kRivals) {
       try {
         const auto made = std::make_shared<CutlassPrefill>(rival, problem);
@@ -303,7 +318,7 @@ void measure(const Case& c, const Options& options, Report* report) {
 void run(const Options& options) {
   Report report(options, "grouped_lora_cuda");
   for (const Case& c : cases_of(options)) {
-    if (c.path == Path::kFused && !fused_lora_cuda_supported(0)) {
+    if (c.path == Path::kFused && !has_wgmma(0)) {
       std::printf("%-44s absent: needs compute capability 9.0\n", name_of(c).c_str());
       continue;
     }

@@ -8,8 +8,8 @@
 // Floor, per token with m active slices of rank r, d = d_in = d_out, 16 bits: x once (2 d bytes)
 // and y twice (4 d m); 4096 tokens of d 4096 and one slice are 100 MB, 21 us at 4.8 TB/s. FLOPs 4 r
 // d m a token: 2.1 G there, 3 us on mma.sync. So the memory decides up to rank 128 and beyond, and
-// mma.sync with cp.async is all that A100, Ada and H100 need; wgmma serves the fused product with
-// the base weights, which the matrix units do limit (sm90/).
+// mma.sync with cp.async is what A100 and Ada need. For 9.0 sm90/prefill.cu has the same by wgmma
+// and tensor copies, which reads weights from L2 half as often.
 //
 // Bits of a row depend on x, the weights and the gate alone: the split of d_in is a constant, sums
 // ascend, and no atomics take part.

@@ -69,6 +69,11 @@ def test_gates_and_cores_against_reference(case, dtype, wgmma):
     check(core_inputs(case, dtype, every=2), wgmma)
 
 
+def test_one_row_may_have_any_width(wgmma):
+    case = Case("odd_row", 1, (8,), 33, (41,), (0,), (0,))
+    check_pool_inputs(pool_inputs(case, torch.bfloat16), wgmma, ops.PREFILL_WGMMA)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("case", [LONG, MANY], ids=str)
 def test_is_batch_invariant(case, dtype, wgmma):

@@ -54,16 +54,18 @@ void run_cpu(const GroupedLoraPoolParams& params) {
   run_on_threads(threads, [&work, shared = &tasks] { shared->run(work); });
 }
 
-void check_wgmma_path(const GroupedLoraPoolParams& p, const Tensor& x) {
+void check_wgmma_path(const Tensor& x, GroupedLoraPoolParams* p) {
   check_wgmma(kOp, x, "take path 1 (prefill)");
-  check_rows_on_16(kOp, "x", p.x, p.x_stride);
-  for (int64_t s = 0; s < p.num_slices; ++s) check_rows_on_16(kOp, "y", p.y[s], p.y_stride[s]);
+  check_rows_on_16(kOp, "x", p->x, p->num_tokens, &p->x_stride);
+  for (int64_t s = 0; s < p->num_slices; ++s) {
+    check_rows_on_16(kOp, "y", p->y[s], p->num_tokens, &p->y_stride[s]);
+  }
 }
 
 // On the current device and stream. The workspace goes back to torch's allocator at once: what
 // takes it next is queued on the same stream.
-int launch_cuda(const GroupedLoraPoolParams& p, int64_t path, const Tensor& x, void* stream) {
-  if (path == kPrefillWgmmaPath) check_wgmma_path(p, x);
+int launch_cuda(GroupedLoraPoolParams p, int64_t path, const Tensor& x, void* stream) {
+  if (path == kPrefillWgmmaPath) check_wgmma_path(x, &p);
   const int64_t bytes =
       path == kDecodePath ? grouped_lora_decode_workspace(p) : grouped_lora_prefill_workspace(p);
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);

@@ -92,9 +92,11 @@ void check_wgmma(const char* op, const Tensor& x, const char* advice) {
         "x must be on a GPU of compute capability 9.0 (H100, H200), got another; ", advice);
 }
 
-void check_rows_on_16(const char* op, const char* name, const void* data, int64_t stride) {
-  check(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0, op, name,
-        " must have rows that start on 16 bytes on CUDA, got a row stride of ", stride,
+void check_rows_on_16(const char* op, const char* name, const void* data, int64_t num_rows,
+                      int64_t* stride) {
+  if (num_rows <= 1) *stride = (*stride + 7) / 8 * 8;
+  check(reinterpret_cast<uintptr_t>(data) % 16 == 0 && *stride % 8 == 0, op, name,
+        " must have rows that start on 16 bytes on CUDA, got a row stride of ", *stride,
         " elements or an address that does not");
 }
 

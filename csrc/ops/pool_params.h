@@ -16,6 +16,8 @@ GroupedLoraPoolParams pool_params(const char* op, const Tensors& y, const Tensor
 // For kernels made of wgmma and tensor copies; `advice` ends the errors. What is checked: the GPU,
 // the dtype, and, by check_rows_on_16, where rows start.
 void check_wgmma(const char* op, const Tensor& x, const char* advice);
-void check_rows_on_16(const char* op, const char* name, const void* data, int64_t stride);
+// The stride of a single row does not matter, and becomes a multiple of 16 bytes.
+void check_rows_on_16(const char* op, const char* name, const void* data, int64_t num_rows,
+                      int64_t* stride);
 
 }  // namespace milora

@@ -39,6 +39,13 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
+// Without a fence, which the release costs (of the whole GPU, says the SASS): where the other
+// blocks must only know that this thread has gone on.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#ifdef MILORA_SM90
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void cluster_wait() {
 #ifdef MILORA_SM90
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");

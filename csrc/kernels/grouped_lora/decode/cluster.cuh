@@ -15,8 +15,8 @@
 // kStages tiles of 16 KB ahead of it with bulk copies of a row (up to 1 KB): while the cluster
 // waits in step 2, Bt and the next item's A are on their way. The copies of one warp start one
 // after the other (their operands are uniform registers), so four warps, one a scheduler, start
-// four each. A stage is refilled after the barrier that ends its use; reading it before that is
-// ordered by the barrier, so no proxy fence is needed. 5 stages and the sums take 107 KB: two
+// four each. A stage is refilled after the barrier that ends its use, without a proxy fence: before
+// it the stage was only read. 5 stages and the sums take 107 KB: two
 // blocks, or 160 KB in flight, per multiprocessor.
 //
 // Floor. Bytes = (rank (d_in + d_out) + rows (d_in + 2 d_out)) itemsize per item, each weight read
@@ -171,9 +171,9 @@ struct BlockWork {
       for (int b = 0; b < kLoraSplits; ++b) sum += parts[b];
       sums[i / R][i % R] = sum * rank_gate(p, item, i / R, i % R);
     }
-    cluster_arrive();
-    reading = true;
     __syncthreads();
+    cluster_arrive_relaxed();  // the barrier before has completed this block's reads
+    reading = true;
     if (item.core < 0) return;
     multiply_core<T, R>(p, item, shared.gathered, shared.hidden);
     __syncthreads();

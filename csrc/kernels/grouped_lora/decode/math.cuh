@@ -40,7 +40,8 @@ __device__ __forceinline__ int valid_elements(const GroupedLoraPoolParams& p, co
 }
 
 // x[r][e]: element e of the thread's vector of the item's row from + r; 0 where there is none.
-// `valid` is the number of the vector's elements inside of d_in.
+// `valid` is the number of the vector's elements inside of d_in. Whole vectors of all rows are
+// asked for before the first is used.
 template <class T, int R>
 __device__ __forceinline__ void load_rows(const GroupedLoraPoolParams& p, const LoraItem& item,
                                           int from, int64_t column, int valid,
@@ -49,16 +50,25 @@ __device__ __forceinline__ void load_rows(const GroupedLoraPoolParams& p, const 
   const T* first = static_cast<const T*>(p.x) + (item.token + from) * p.x_stride + column;
   const bool wide = valid == kVec && reinterpret_cast<uintptr_t>(first) % kVectorBytes == 0 &&
                     p.x_stride % kVec == 0;
+  if (wide) {
+    uint4 vectors[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      vectors[r] = make_uint4(0, 0, 0, 0);
+      if (from + r < item.rows) {
+        vectors[r] = *reinterpret_cast<const uint4*>(first + r * p.x_stride);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) unpack(vectors[r], x[r], static_cast<const T*>(nullptr));
+    return;
+  }
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const T* row = first + r * p.x_stride;
-    if (from + r < item.rows && wide) {
-      unpack(*reinterpret_cast<const uint4*>(row), x[r], static_cast<const T*>(nullptr));
-    } else {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        x[r][e] = from + r < item.rows && e < valid ? to_float(row[e]) : 0.0f;
-      }
+    for (int e = 0; e < kVec; ++e) {
+      x[r][e] = from + r < item.rows && e < valid ? to_float(row[e]) : 0.0f;
     }
   }
 }
@@ -179,9 +189,9 @@ __device__ __forceinline__ void expand_tile(float (&y)[R][kVecOf<T>], const Lora
 // read before the weights are waited for. 8 rows have no registers for that and read it at the end.
 template <class T, int R>
 struct OldOutputs {
-  static constexpr int kColumns = kVecOf<T> / kLaneRanks;
   static constexpr bool kEarly = R < 8;
-  float y[kEarly ? R : 1][kColumns] = {};
+  static constexpr int kRows = kEarly ? R : 4;  // at a time
+  uint32_t bits[kRows] = {};
 };
 
 // The first of the lane's columns. reduce_lanes<16, 8> leaves the upper half of what it halves with
@@ -192,25 +202,72 @@ __device__ __forceinline__ int64_t own_column(int64_t vector) {
   return vector * kVecOf<T> + place * (kVecOf<T> / kLaneRanks);
 }
 
-template <class T, int kColumns>
-__device__ __forceinline__ void load_output(const GroupedLoraPoolParams& p, const LoraItem& item,
-                                            int row, int64_t column, float (&y)[kColumns]) {
-  const T* from =
-      static_cast<const T*>(p.y[item.slice]) + (item.token + row) * p.y_stride[item.slice] + column;
-#pragma unroll
-  for (int e = 0; e < kColumns; ++e) {
-    const bool there = row < item.rows && column + e < p.d_out[item.slice];
-    y[e] = there ? to_float(from[e]) : 0.0f;
+// The lane's columns of the item's rows of y.
+template <class T>
+struct OwnOutputs {
+  static constexpr int kColumns = kVecOf<T> / kLaneRanks;
+  static_assert(kColumns * sizeof(T) == 4, "a word");
+  T* first;  // of the item's first row
+  int64_t stride;
+  int count;   // columns inside of d_out
+  bool words;  // they are one aligned word in every row
+
+  __device__ __forceinline__ OwnOutputs(const GroupedLoraPoolParams& p, const LoraItem& item,
+                                        int64_t column) {
+    stride = p.y_stride[item.slice];
+    first = static_cast<T*>(p.y[item.slice]) + item.token * stride + column;
+    const int64_t left = p.d_out[item.slice] - column;
+    count = static_cast<int>(left < 0 ? 0 : (left < kColumns ? left : kColumns));
+    words =
+        count == kColumns &&
+        (reinterpret_cast<uintptr_t>(first) | static_cast<uintptr_t>(stride * sizeof(T))) % 4 == 0;
   }
-}
+
+  // Rows [from, from + N) of `rows`, a word each; all are asked for before the first is used.
+  template <int N>
+  __device__ __forceinline__ void load(int from, int rows, uint32_t (&bits)[N]) const {
+#pragma unroll
+    for (int r = 0; r < N; ++r) bits[r] = 0;
+    if (words) {
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        const T* row = first + (from + r) * stride;
+        if (from + r < rows) bits[r] = *reinterpret_cast<const uint32_t*>(row);
+      }
+      return;
+    }
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      T values[kColumns] = {};
+#pragma unroll
+      for (int e = 0; e < kColumns; ++e) {
+        if (from + r < rows && e < count) values[e] = first[(from + r) * stride + e];
+      }
+      memcpy(&bits[r], values, 4);
+    }
+  }
+
+  __device__ __forceinline__ void store(int r, const T (&values)[kColumns]) const {
+    T* row = first + r * stride;
+    if (words) {
+      uint32_t bits;
+      memcpy(&bits, values, 4);
+      *reinterpret_cast<uint32_t*>(row) = bits;
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < kColumns; ++e) {
+      if (e < count) row[e] = values[e];
+    }
+  }
+};
 
 template <class T, int R>
 __device__ __forceinline__ OldOutputs<T, R> load_outputs(const GroupedLoraPoolParams& p,
                                                          const LoraItem& item, int64_t vector) {
   OldOutputs<T, R> old;
   if constexpr (OldOutputs<T, R>::kEarly) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) load_output<T>(p, item, r, own_column<T>(vector), old.y[r]);
+    OwnOutputs<T>(p, item, own_column<T>(vector)).load(0, item.rows, old.bits);
   }
   return old;
 }
@@ -221,24 +278,31 @@ __device__ __forceinline__ void store_outputs(const GroupedLoraPoolParams& p, co
                                               int64_t vector, bool valid,
                                               float (&sums)[R][kVecOf<T>], OldOutputs<T, R>& old,
                                               const float* gates) {
-  constexpr int kColumns = OldOutputs<T, R>::kColumns;
+  constexpr int kColumns = OwnOutputs<T>::kColumns, kAtOnce = OldOutputs<T, R>::kRows;
   const float* u = item.u < 0 ? nullptr : reinterpret_cast<const float*>(p.pool + item.u);
   const float* v = item.v < 0 ? nullptr : reinterpret_cast<const float*>(p.pool + item.v);
+#pragma unroll
+  for (int r = 0; r < R; ++r) reduce_lanes<kWarp / 2, kLaneVectors>(sums[r]);
+  if (!valid) return;
   const int64_t first = own_column<T>(vector);
+  const OwnOutputs<T> own(p, item, first);
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    reduce_lanes<kWarp / 2, kLaneVectors>(sums[r]);
-    if (!valid || r >= item.rows) continue;
-    float (&base)[kColumns] = old.y[OldOutputs<T, R>::kEarly ? r : 0];
-    if constexpr (!OldOutputs<T, R>::kEarly) load_output<T>(p, item, r, first, base);
-    T* y = static_cast<T*>(p.y[item.slice]) + (item.token + r) * p.y_stride[item.slice] + first;
+  for (int from = 0; from < R; from += kAtOnce) {
+    if constexpr (!OldOutputs<T, R>::kEarly) own.load(from, item.rows, old.bits);
 #pragma unroll
-    for (int e = 0; e < kColumns; ++e) {
-      if (first + e >= p.d_out[item.slice]) continue;
-      float delta = item.scale * sums[r][e];
-      if (u != nullptr) delta = fmaf(u[first + e], base[e], delta);
-      if (v != nullptr) delta += v[first + e];
-      y[e] = from_float<T>(fmaf(gates[r], delta, base[e]));
+    for (int r = from; r < from + kAtOnce; ++r) {
+      if (r >= item.rows) break;
+      T y[kColumns];
+      memcpy(y, &old.bits[r - from], 4);
+#pragma unroll
+      for (int e = 0; e < kColumns; ++e) {
+        const float base = to_float(y[e]);
+        float delta = item.scale * sums[r][e];
+        if (u != nullptr && e < own.count) delta = fmaf(u[first + e], base, delta);
+        if (v != nullptr && e < own.count) delta += v[first + e];
+        y[e] = from_float<T>(fmaf(gates[r], delta, base));
+      }
+      own.store(r, y);
     }
   }
 }

@@ -12,4 +12,10 @@ __device__ __forceinline__ int own_box() {
   return thread % kThreadsPerBox == 0 ? thread / kThreadsPerBox : kBoxes;
 }
 
+// The same where a warpgroup copies alone, four threads of each warp. For its threads.
+__device__ __forceinline__ int box_of_group() {
+  const int thread = static_cast<int>(threadIdx.x);
+  return thread % kGroupThreadsPerBox == 0 ? thread / kGroupThreadsPerBox : kBoxes;
+}
+
 }  // namespace milora::prefill_wgmma

@@ -22,20 +22,21 @@ using prefill::Workspace;
 
 // ---- tile table ----
 // Two warpgroups of 64 rows. A and Bt are read again from L2 for every tile, rank / 128 bytes for
-// each byte of x: for q, k and v of rank 32 L2 gives 1.75 bytes for each that the memory gives, where
-// tiles of 64 rows ask 2.5 of it (12 TB/s beside an H200's memory).
+// each byte of x: for q, k and v of rank 32 L2 gives 1.75 bytes for each that the memory gives,
+// where tiles of 64 rows ask 2.5 of it (12 TB/s beside an H200's memory).
 constexpr int kRows = 128;
 constexpr int kGroupRows = 64;  // of wgmma, and of a warpgroup
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kRows / kGroupRows * kGroupThreads;
 // A tensor copy brings 8 rows of 128 bytes, the unit of the swizzle: a short tile asks for the rows
 // that it has, rounded up to 8. Copies of one warp start one after the other (their operands are
-// uniform registers), so two threads of each warp start one.
+// uniform registers), so two or four threads of each warp start one.
 constexpr int kBoxRows = 8;
 constexpr int kBoxBytes = kBoxRows * kRowBytes;
 constexpr int kBoxes = kRows / kBoxRows;
 constexpr int kThreadsPerBox = kThreads / kBoxes;
-static_assert(kThreadsPerBox >= 1);
+constexpr int kGroupThreadsPerBox = kGroupThreads / kBoxes;
+static_assert(kGroupThreadsPerBox >= 1);
 MILORA_HOST_DEVICE int boxes_of(const Tile& tile) { return (tile.rows + kBoxRows - 1) / kBoxRows; }
 constexpr int kDepth = 64;  // 16-bit elements in 128 bytes
 

@@ -13,7 +13,8 @@
 //
 // The loads run through steps and units as one sequence, kAhead stages before the arithmetic (Loads
 // below): while a unit's S is made, its first 64 KB of y are already on their way. A stage is
-// filled again two steps after its use, so that its store has had a step's time to read it.
+// filled again two steps after its use, so that its store has had a step's time to read it. A step
+// issues about 350 instructions a warp, 700 cycles; its 32 KB take the memory of an H200 1,700.
 //
 // Bytes: y read and written once; Bt once a tile (rank / 128 bytes for each of y's four) and 4
 // splits rank / 1024 of partials, from L2. FLOPs: 2 rank per element of y, which takes four bytes:
@@ -36,10 +37,8 @@ struct YMaps {
 struct ExpandUnit {
   Tile tile;
   int slice, rank;
-  int rank_steps;  // stages for 64 columns
-  int steps;
   int64_t entry;  // of the tables
-  int64_t column_begin, d_out;
+  int64_t column_begin, column_end, d_out;
 };
 
 // The first unit from *index on, in the block's stride, that has columns.
@@ -53,19 +52,40 @@ __device__ __forceinline__ bool find_unit(const GroupedLoraPoolParams& p,
     unit->d_out = p.d_out[unit->slice];
     unit->column_begin = *index % column_units * kUnitColumns;
     if (unit->column_begin >= unit->d_out) continue;  // a narrower slice than the widest
+    unit->column_end = unit->column_begin + kUnitColumns < unit->d_out
+                           ? unit->column_begin + kUnitColumns
+                           : unit->d_out;
     unit->tile = workspace.tiles[job / kMaxSlices];
     unit->entry = unit->tile.adapter * p.num_experts + p.expert[unit->slice];
     unit->rank = p.ranks[unit->entry];
-    unit->rank_steps = static_cast<int>(ceil_div(unit->rank, kRanksPerStage));
-    const int64_t left = unit->d_out - unit->column_begin;
-    unit->steps = unit->rank_steps *
-                  static_cast<int>(ceil_div(left < kUnitColumns ? left : kUnitColumns, kDepth));
     return true;
   }
   return false;
 }
 
-// The loads of all of a block's steps, one after the other.
+// A step of a unit: up to 64 ranks for 64 columns; all ranks, then the next columns.
+struct ExpandStep {
+  int64_t column;
+  int first_rank;
+
+  __device__ __forceinline__ void begin(const ExpandUnit& unit) {
+    column = unit.column_begin;
+    first_rank = 0;
+  }
+  __device__ __forceinline__ bool last_ranks(const ExpandUnit& unit) const {
+    return first_rank + kRanksPerStage >= unit.rank;
+  }
+  // Whether there is another one.
+  __device__ __forceinline__ bool advance(const ExpandUnit& unit) {
+    const bool last = last_ranks(unit);
+    column += last ? kDepth : 0;
+    first_rank = last ? 0 : first_rank + kRanksPerStage;
+    return column < unit.column_end;
+  }
+};
+
+// The loads of all of a block's steps, one after the other. Warpgroup 0 moves y, warpgroup 1 loads
+// Bt: tensor stores and cp.async of one warp would be waited for by one counter, each for both.
 template <class T>
 struct Loads {
   const GroupedLoraPoolParams& p;
@@ -76,14 +96,15 @@ struct Loads {
   int64_t index;  // of the unit
   bool more;
   ExpandUnit unit;
-  int step;
+  ExpandStep step;
+  const uint8_t* bt;
+  int64_t bt_row_bytes;
   uint32_t issued;
 
   __device__ __forceinline__ void begin() {
     index = blockIdx.x;
-    more = find_unit(p, workspace, column_units, &index, &unit);
-    step = 0;
     issued = 0;
+    find();
   }
 
   // Starts the next step's, if there is one. All threads; a thread's newest group of stores may
@@ -91,14 +112,14 @@ struct Loads {
   __device__ __forceinline__ void next() {
     if (more) {
       const uint32_t stage = issued % kExpandStages;
-      const int64_t column = unit.column_begin + step / unit.rank_steps * kDepth;
-      const int first_rank = step % unit.rank_steps * kRanksPerStage;
-      load_y(stage, column);
-      load_bt(shared.stages[stage] + kYBytes, column, first_rank);
-      if (++step == unit.steps) {
+      if (threadIdx.x < kGroupThreads) {
+        load_y(stage);
+      } else {
+        load_bt(shared.stages[stage] + kYBytes);
+      }
+      if (!step.advance(unit)) {
         index += gridDim.x;
-        more = find_unit(p, workspace, column_units, &index, &unit);
-        step = 0;
+        find();
       }
       ++issued;
     }
@@ -106,34 +127,43 @@ struct Loads {
   }
 
  private:
+  __device__ __forceinline__ void find() {
+    more = find_unit(p, workspace, column_units, &index, &unit);
+    if (!more) return;
+    step.begin(unit);
+    bt = p.pool + offsets_at(p, unit.entry)[kPartBt];
+    bt_row_bytes = prefill::pool_row_bytes<T>(unit.d_out);
+  }
+
   // y is wanted with the last ranks. The barrier's phase passes in any case.
-  __device__ __forceinline__ void load_y(uint32_t stage, int64_t column) {
-    const int box = own_box(), boxes = boxes_of(unit.tile);
-    if (step % unit.rank_steps != unit.rank_steps - 1) {
+  __device__ __forceinline__ void load_y(uint32_t stage) {
+    const int box = box_of_group(), boxes = boxes_of(unit.tile);
+    wait_stores_read<1>();  // the thread that loads a box is the one that has stored it
+    if (!step.last_ranks(unit)) {
       if (threadIdx.x == 0) barrier_arrive(&shared.filled[stage]);
       return;
     }
     if (threadIdx.x == 0) barrier_expect(&shared.filled[stage], boxes * kBoxBytes);
     if (box < boxes) {
-      wait_stores_read<1>();  // the thread that loads a box is the one that stored it
       tensor_load(shared.stages[stage] + box * kBoxBytes, &maps.slice[unit.slice],
-                  static_cast<int32_t>(column), unit.tile.first + box * kBoxRows,
+                  static_cast<int32_t>(step.column), unit.tile.first + box * kBoxRows,
                   &shared.filled[stage]);
     }
   }
 
-  __device__ __forceinline__ void load_bt(uint8_t* to, int64_t column, int first_rank) {
+  __device__ __forceinline__ void load_bt(uint8_t* to) {
     constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
-    const uint8_t* bt = p.pool + offsets_at(p, unit.entry)[kPartBt];
-    const int64_t row_bytes = prefill::pool_row_bytes<T>(unit.d_out);
-    const int left = static_cast<int>(ceil_div(unit.rank - first_rank, kRankBlock)) * kRankBlock;
-    const int piece = threadIdx.x % kPieces;
-    const int64_t at = column + piece * kItems;
-    for (int row = threadIdx.x / kPieces; row < (left < kRanksPerStage ? left : kRanksPerStage);
-         row += kThreads / kPieces) {
-      const int r = first_rank + row;
-      prefill::fill_piece(to, row, piece, reinterpret_cast<const T*>(bt + r * row_bytes) + at,
-                          r < unit.rank ? unit.d_out - at : 0, true, p.pool);
+    const int thread = static_cast<int>(threadIdx.x) - kGroupThreads;
+    const int left = unit.rank - step.first_rank;
+    const int rows = static_cast<int>(ceil_div(left, kRankBlock)) * kRankBlock;
+    const int piece = thread % kPieces;
+    const int64_t at = step.column + piece * kItems;
+    const uint8_t* first = bt + step.first_rank * bt_row_bytes;
+    for (int row = thread / kPieces; row < (rows < kRanksPerStage ? rows : kRanksPerStage);
+         row += kGroupThreads / kPieces) {
+      prefill::fill_piece(to, row, piece,
+                          reinterpret_cast<const T*>(first + row * bt_row_bytes) + at,
+                          row < left ? unit.d_out - at : 0, true, p.pool);
     }
   }
 };
@@ -170,60 +200,71 @@ __device__ __forceinline__ void make_hidden(const GroupedLoraPoolParams& p, cons
   }
 }
 
-// sums [64, 64] += S Bt of one stage, kBlocks times 16 ranks.
+// sums [64, 64] = S Bt of one stage, kBlocks times 16 ranks; += after the unit's first ranks.
 template <class T, int kBlocks>
 __device__ __forceinline__ void multiply_ranks(float (&sums)[kDepth / 2], const uint8_t* hidden,
-                                               const uint8_t* bt) {
+                                               const uint8_t* bt, bool accumulate) {
   hold(sums);
   __syncwarp();
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
     wgmma<T, kDepth, true>(sums, operand(hidden + i * 32, 8 * kRowBytes, 16),
-                           operand(bt + i * 16 * kRowBytes, 8 * kRowBytes, 16), true);
+                           operand(bt + i * 16 * kRowBytes, 8 * kRowBytes, 16),
+                           i > 0 || accumulate);
   }
   wgmma_commit();
   wgmma_wait<0>();
   hold(sums);
 }
 
-// y += g (scale sums + u y + v) for this thread's elements of the tile in shared memory.
+// y += g (scale sums + u y + v) for this thread's elements of the tile in shared memory, also of
+// rows past the tile's, which nobody stores. The 16 words are read before the first is written.
 template <class T>
 struct Update {
   float gate, scale;
   const float *u, *v;
 
-  __device__ __forceinline__ void apply(const float (&sums)[kDepth / 2], uint8_t* y_tile, int rows,
+  __device__ __forceinline__ void apply(const float (&sums)[kDepth / 2], uint8_t* y_tile,
                                         int64_t column, int64_t d_out) const {
-    constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
     const int lane = threadIdx.x % kWarp;
+    const int row = threadIdx.x / kWarp * 16 + lane / 4;  // and row + 8
+    uint8_t* quad = y_tile + row * kRowBytes + lane % 4 * 4;
+    const auto word_at = [&](int j, int m) {  // swizzled(row + 8 m, j): 8 rows further, same pieces
+      return reinterpret_cast<uint32_t*>(quad + (j ^ lane / 4) * kPieceBytes + m * 8 * kRowBytes);
+    };
+    uint32_t words[kDepth / 8][2];
 #pragma unroll
     for (int j = 0; j < kDepth / 8; ++j) {
-      const int c = 8 * j + lane % 4 * 2;
-      float us[2] = {}, vs[2] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (column + c + i >= d_out) continue;
-        if (u != nullptr) us[i] = u[column + c + i];
-        if (v != nullptr) vs[i] = v[column + c + i];
+      for (int m = 0; m < 2; ++m) words[j][m] = *word_at(j, m);
+    }
+    const bool has_vectors = u != nullptr || v != nullptr;
+#pragma unroll
+    for (int j = 0; j < kDepth / 8; ++j) {
+      float us[2] = {}, vs[2] = {};
+      if (has_vectors) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int64_t c = column + 8 * j + lane % 4 * 2 + i;
+          if (u != nullptr && c < d_out) us[i] = u[c];
+          if (v != nullptr && c < d_out) vs[i] = v[c];
+        }
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        const int row = threadIdx.x / kWarp * 16 + lane / 4 + 8 * m;
-        if (row >= rows) continue;
-        auto* at = reinterpret_cast<uint32_t*>(y_tile + swizzled(row, c / kItems) +
-                                               c % kItems * sizeof(T));
         T pair[2];
-        memcpy(pair, at, 4);
+        memcpy(pair, &words[j][m], 4);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float base = to_float(pair[i]);
           float delta = scale * sums[4 * j + 2 * m + i];
-          if (u != nullptr) delta = fmaf(us[i], base, delta);
-          if (v != nullptr) delta += vs[i];
+          if (has_vectors) delta = fmaf(us[i], base, delta) + vs[i];
           pair[i] = from_float<T>(fmaf(gate, delta, base));
         }
-        memcpy(at, pair, 4);
+        uint32_t word;
+        memcpy(&word, pair, 4);
+        *word_at(j, m) = word;
       }
     }
   }
@@ -235,12 +276,16 @@ __device__ __forceinline__ void store_y(const GroupedLoraPoolParams& p, const CU
                                         const ExpandUnit& unit, const uint8_t* y_tile,
                                         int64_t column) {
   constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
-  const int whole = unit.tile.rows / kBoxRows, box = own_box();
-  if (box < whole) {
+  const int whole = unit.tile.rows / kBoxRows;
+  if (threadIdx.x < kGroupThreads) {
+    const int box = box_of_group();
+    if (box >= whole) return;
     tensor_store(map, static_cast<int32_t>(column), unit.tile.first + box * kBoxRows,
                  y_tile + box * kBoxBytes);
+    return;
   }
-  const int row = whole * kBoxRows + threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+  const int thread = static_cast<int>(threadIdx.x) - kGroupThreads;
+  const int row = whole * kBoxRows + thread / kPieces, piece = thread % kPieces;
   if (row >= unit.tile.rows) return;
   const uint8_t* source = y_tile + swizzled(row, piece);
   T* target = static_cast<T*>(p.y[unit.slice]) + (unit.tile.first + row) * p.y_stride[unit.slice] +
@@ -265,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
-  Loads<T> loads{p, workspace, maps, shared, column_units, 0, false, {}, 0, 0};
+  Loads<T> loads{p, workspace, maps, shared, column_units, 0, false, {}, {}, nullptr, 0, 0};
   loads.begin();
   for (int i = 0; i < kAhead; ++i) loads.next();
 
@@ -283,39 +328,39 @@ __global__ void __launch_bounds__(kThreads, 1)
     make_hidden<T>(p, workspace.partials, unit, shared);
 
     float sums[kDepth / 2] = {};
-    for (int step = 0; step < unit.steps; ++step, ++taken) {
+    ExpandStep step;
+    step.begin(unit);
+    for (bool more = true; more; more = step.advance(unit), ++taken) {
       const uint32_t stage = taken % kExpandStages;
       uint8_t* y_tile = shared.stages[stage];
       wait_copies<kAhead - 1>();
       publish_shared();
       __syncthreads();  // Bt and S are there; the stage of two steps ago is free but for its store
       loads.next();
-      const int first_rank = step % unit.rank_steps * kRanksPerStage;
       if (multiplies) {
-        const uint8_t* hidden = shared.hidden + first_rank / kDepth * kHiddenBlockBytes +
+        const uint8_t* hidden = shared.hidden + step.first_rank / kDepth * kHiddenBlockBytes +
                                 group * kGroupRows * kRowBytes;
         const uint8_t* bt = y_tile + kYBytes;
-        const int left = unit.rank - first_rank;
+        const int left = unit.rank - step.first_rank;
+        const bool accumulate = step.first_rank > 0;
         if (left <= 16) {
-          multiply_ranks<T, 1>(sums, hidden, bt);
+          multiply_ranks<T, 1>(sums, hidden, bt, accumulate);
         } else if (left <= 32) {
-          multiply_ranks<T, 2>(sums, hidden, bt);
+          multiply_ranks<T, 2>(sums, hidden, bt, accumulate);
         } else if (left <= 48) {
-          multiply_ranks<T, 3>(sums, hidden, bt);
+          multiply_ranks<T, 3>(sums, hidden, bt, accumulate);
         } else {
-          multiply_ranks<T, 4>(sums, hidden, bt);
+          multiply_ranks<T, 4>(sums, hidden, bt, accumulate);
         }
       }
-      const bool last = step % unit.rank_steps == unit.rank_steps - 1;
-      if (last) {
-        const int64_t column = unit.column_begin + step / unit.rank_steps * kDepth;
-        barrier_wait(&shared.filled[stage], taken / kExpandStages & 1);
-        update.apply(sums, y_tile, unit.tile.rows, column, unit.d_out);
-#pragma unroll
-        for (float& sum : sums) sum = 0.0f;
+      if (step.last_ranks(unit)) {
+        if (multiplies) {
+          barrier_wait(&shared.filled[stage], taken / kExpandStages & 1);
+          update.apply(sums, y_tile, step.column, unit.d_out);
+        }
         publish_shared();
         __syncthreads();
-        store_y<T>(p, &maps.slice[unit.slice], unit, y_tile, column);
+        store_y<T>(p, &maps.slice[unit.slice], unit, y_tile, step.column);
       }
       commit_stores();  // also an empty group, so that waiting counts steps
     }

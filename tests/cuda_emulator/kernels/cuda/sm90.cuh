@@ -20,6 +20,7 @@ inline void cluster_arrive() {
   if (phase) emulator::die("cluster_arrive twice without a wait");
   phase = emulator::machine.cluster.arrive();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   auto& phase = emulator::own_fiber().cluster_phase;
   if (!phase) emulator::die("cluster_wait without an arrive");

@@ -34,7 +34,8 @@ void* current_cuda_stream(int32_t device_index) {
   return stream;
 }
 
-const char* cuda_error_text(int error) {
+const char* take_cuda_error(int error) {
+  cudaGetLastError();
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 

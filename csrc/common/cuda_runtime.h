@@ -11,7 +11,8 @@ namespace milora {
 #ifdef MILORA_CUDA
 // torch's current stream (a cudaStream_t) on a device.
 void* current_cuda_stream(int32_t device_index);
-const char* cuda_error_text(int error);
+// The text of an error, which the next launch shall not report again.
+const char* take_cuda_error(int error);
 
 // Makes x's device current and calls launch(stream), which returns a cudaError_t as int.
 template <class Launch>
@@ -19,7 +20,7 @@ void run_cuda(const char* op, const Tensor& x, const Launch& launch) {
   const int32_t device = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   const int error = launch(current_cuda_stream(device));
-  check(error == 0, op, "the CUDA launch must succeed, got ", cuda_error_text(error));
+  check(error == 0, op, "the CUDA launch must succeed, got ", take_cuda_error(error));
 }
 #else
 template <class Launch>

@@ -14,11 +14,12 @@
 // The loads run through steps and units as one sequence, kAhead stages before the arithmetic (Loads
 // below): while a unit's S is made, its first 64 KB of y are already on their way. A stage is
 // filled again two steps after its use, so that its store has had a step's time to read it. A step
-// issues about 350 instructions a warp, 700 cycles; its 32 KB take the memory of an H200 1,700.
+// issues about 500 instructions a warp, 1,000 cycles; its 32 KB take the memory of an H200 1,700.
 //
-// Bytes: y read and written once; Bt once a tile (rank / 128 bytes for each of y's four) and 4
-// splits rank / 1024 of partials, from L2. FLOPs: 2 rank per element of y, which takes four bytes:
-// the memory is the limit at any rank. Ranks above 64 take several stages for a step of columns.
+// Bytes: y read and written once; Bt once a tile, rank / 128 bytes for each of y's four, and splits
+// * rank * 4 bytes of partials a row for every 1024 columns, both from L2. FLOPs: 2 rank per
+// element of y, which takes four bytes: the memory is the limit at any rank. Ranks above 64 take
+// several stages for a step of columns.
 #pragma once
 
 #include "kernels/cuda/tensor_core.cuh"

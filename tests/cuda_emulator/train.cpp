@@ -25,6 +25,7 @@ void shrink(const GroupedLoraPoolParams& p, const prefill::Workspace& work) {
 template <class T, bool kForB>
 void reduce(const GroupedLoraBackwardParams& p, const BackwardMemory& memory,
             const GradTable& table) {
+  const int64_t coefs_width = prefill::partial_width(pool_params(p, memory.pool));
   constexpr int64_t kItems = prefill::kRowItems<T>;
   const int64_t width = kForB ? p.d_out : p.d_in;
   const int max_rank = *std::max_element(table.ranks, table.ranks + table.count);
@@ -33,7 +34,7 @@ void reduce(const GroupedLoraBackwardParams& p, const BackwardMemory& memory,
                   static_cast<unsigned>(ceil_div(max_rank, kItems)));
   emulator::launch(grid, prefill::kThreads, kReduceBytes, [&] {
     reduce_kernel<T, kForB>(table, memory.forward,
-                            kForB ? memory.coefs.hidden : memory.coefs.grad_hidden,
+                            kForB ? memory.coefs.hidden : memory.coefs.grad_hidden, coefs_width,
                             kForB ? p.dy : p.x, kForB ? p.dy_stride : p.x_stride, width);
   });
 }

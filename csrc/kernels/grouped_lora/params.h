@@ -38,12 +38,12 @@ struct GroupedLoraPoolParams {
   int64_t num_slices, d_in;
   Dtype dtype;
   const float* rank_gates;  // [num_tokens, num_slices, max_rank], or null: all 1
-  int64_t max_rank;         // of rank_gates; no expert that they reach has a higher rank
+  int64_t max_rank;  // no expert of the call has a higher rank; 0 = kMaxRank. Columns of rank_gates
 };
 
 // The highest rank that an expert may have in this call.
 MILORA_HOST_DEVICE int64_t most_ranks(const GroupedLoraPoolParams& p) {
-  return p.rank_gates == nullptr ? kMaxRank : p.max_rank;
+  return p.max_rank == 0 ? kMaxRank : p.max_rank;
 }
 
 // The offsets of adapter * num_experts + expert, by ExpertPart.

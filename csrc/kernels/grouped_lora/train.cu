@@ -63,7 +63,7 @@ cudaError_t forward(const GroupedLoraParams& p, const ForwardMemory& memory, cud
 
 template <class T, bool kForB>
 void launch_reduce(const GroupedLoraBackwardParams& p, const BackwardMemory& memory,
-                   const GradTable& table, cudaStream_t stream) {
+                   const GradTable& table, int64_t coefs_width, cudaStream_t stream) {
   constexpr int64_t kItems = prefill::kRowItems<T>;
   const int64_t width = kForB ? p.d_out : p.d_in;
   const int max_rank = *std::max_element(table.ranks, table.ranks + table.count);
@@ -71,7 +71,7 @@ void launch_reduce(const GroupedLoraBackwardParams& p, const BackwardMemory& mem
                   static_cast<unsigned>(table.count),
                   static_cast<unsigned>(ceil_div(max_rank, kItems)));
   reduce_kernel<T, kForB><<<grid, prefill::kThreads, kReduceBytes, stream>>>(
-      table, memory.forward, kForB ? memory.coefs.hidden : memory.coefs.grad_hidden,
+      table, memory.forward, kForB ? memory.coefs.hidden : memory.coefs.grad_hidden, coefs_width,
       kForB ? p.dy : p.x, kForB ? p.dy_stride : p.x_stride, width);
 }
 
@@ -98,8 +98,8 @@ cudaError_t backward(const GroupedLoraBackwardParams& p, const BackwardMemory& m
           forward, p.d_out, memory.forward, memory.reverse.partials, memory.coefs);
   for (int64_t first = 0; p.grads != nullptr && first < p.num_adapters; first += kTableSize) {
     const GradTable table = make_grad_table(p.adapters, p.grads, p.num_adapters, first);
-    launch_reduce<T, false>(p, memory, table, stream);
-    launch_reduce<T, true>(p, memory, table, stream);
+    launch_reduce<T, false>(p, memory, table, prefill::partial_width(forward), stream);
+    launch_reduce<T, true>(p, memory, table, prefill::partial_width(forward), stream);
   }
   if (p.dgates != nullptr) {
     gate_kernel<<<static_cast<unsigned>(p.num_routes), kWarp, 0, stream>>>(

@@ -69,9 +69,10 @@ struct PlanCounts {
 // ---- workspace ----
 struct Workspace {
   PlanCounts* counts;
-  Tile* tiles;      // [num_tokens]: a tile has a row at least
-  Job* jobs;        // [num_tokens * num_slices]
-  float* partials;  // [splits, num_slices, num_tokens, kMaxRank]; only what an expert needs is used
+  Tile* tiles;  // [num_tokens]: a tile has a row at least
+  Job* jobs;    // [num_tokens * num_slices]
+  // [splits, num_slices, num_tokens, partial_width]; only what an expert needs is used.
+  float* partials;
   // Of a plan that is aligned to blocks of kBlockRows tokens, else null: the first tile of each
   // block, and the number of tiles. [ceil(num_tokens / kBlockRows) + 1]
   int32_t* block_begin;
@@ -88,9 +89,14 @@ MILORA_HOST_DEVICE int64_t tile_first(int64_t t, int64_t start) {
 
 MILORA_HOST_DEVICE int num_splits(int64_t d_in) { return static_cast<int>(ceil_div(d_in, kSplit)); }
 
+// Sums of a row: as many as an expert of the call may have ranks, in blocks of 16.
+MILORA_HOST_DEVICE int64_t partial_width(const GroupedLoraPoolParams& p) {
+  return ceil_div(most_ranks(p), kRankBlock) * kRankBlock;
+}
+
 MILORA_HOST_DEVICE int64_t partial_row(const GroupedLoraPoolParams& p, int split, int slice,
                                        int64_t token) {
-  return ((split * p.num_slices + slice) * p.num_tokens + token) * kMaxRank;
+  return ((split * p.num_slices + slice) * p.num_tokens + token) * partial_width(p);
 }
 
 inline int64_t align_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -109,7 +115,7 @@ inline int64_t lay_out(const GroupedLoraPoolParams& p, void* memory, bool aligne
   workspace->tiles = static_cast<Tile*>(take(p.num_tokens * sizeof(Tile)));
   workspace->jobs = static_cast<Job*>(take(p.num_tokens * p.num_slices * sizeof(Job)));
   workspace->partials = static_cast<float*>(
-      take(num_splits(p.d_in) * p.num_slices * p.num_tokens * kMaxRank * sizeof(float)));
+      take(num_splits(p.d_in) * p.num_slices * p.num_tokens * partial_width(p) * sizeof(float)));
   workspace->block_begin =
       aligned
           ? static_cast<int32_t*>(take((ceil_div(p.num_tokens, kBlockRows) + 1) * sizeof(int32_t)))

@@ -146,6 +146,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
       }
 
       // ---- out: two neighbouring ranks a store ----
+      const int64_t width = partial_width(p);
 #pragma unroll
       for (int b = 0; b < kWarpRankBlocks; ++b) {
         const int block = b * kWarpsAcross + across;
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
             const int row = down * 32 + m * 8 + lane / 4;
             if (row >= tile.rows) continue;
             const float* sum = &sums[b][m / 2][n][m % 2 * 2];
-            *reinterpret_cast<float2*>(target + row * kMaxRank) = make_float2(sum[0], sum[1]);
+            *reinterpret_cast<float2*>(target + row * width) = make_float2(sum[0], sum[1]);
           }
         }
       }

@@ -92,6 +92,7 @@ __device__ __forceinline__ void shrink_pass(const ShrinkPass& pass, const Groupe
   wait_copies<0>();  // only empty groups are left; the next pass starts counting anew
 
   // ---- out: two neighbouring ranks a store ----
+  const int64_t width = prefill::partial_width(p);
   const int lane = threadIdx.x % kWarp;
   const int first_row = threadIdx.x / kWarp * 16 + lane / 4;
 #pragma unroll
@@ -103,7 +104,7 @@ __device__ __forceinline__ void shrink_pass(const ShrinkPass& pass, const Groupe
     for (int m = 0; m < 2; ++m) {
       const int row = first_row + 8 * m;
       if (row >= pass.tile.rows) continue;
-      *reinterpret_cast<float2*>(target + static_cast<int64_t>(row) * kMaxRank) =
+      *reinterpret_cast<float2*>(target + row * width) =
           make_float2(sums[4 * j + 2 * m], sums[4 * j + 2 * m + 1]);
     }
   }

@@ -97,12 +97,12 @@ inline GradTable make_grad_table(const LoraWeights* adapters, const LoraGrads* g
 
 // What the sums over tokens read, one row a token of an active tile.
 struct TokenCoefs {
-  void* hidden;       // [num_tokens, kMaxRank] dtype of x: g s A x
-  void* grad_hidden;  // [num_tokens, kMaxRank] dtype of x: g s B^T dy
+  void* hidden;       // [num_tokens, partial_width] dtype of x: g s A x
+  void* grad_hidden;  // [num_tokens, partial_width] dtype of x: g s B^T dy
   float* row_dots;    // [num_tokens] s (B^T dy) . (A x)
 };
-inline TokenCoefs lay_out_coefs(int64_t num_tokens, Dtype dtype, Cutter* cutter) {
-  const int64_t bytes = num_tokens * kMaxRank * element_size(dtype);
+inline TokenCoefs lay_out_coefs(int64_t num_tokens, int64_t width, Dtype dtype, Cutter* cutter) {
+  const int64_t bytes = num_tokens * width * element_size(dtype);
   TokenCoefs coefs;
   coefs.hidden = cutter->take<uint8_t>(bytes);
   coefs.grad_hidden = cutter->take<uint8_t>(bytes);

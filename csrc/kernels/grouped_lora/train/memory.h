@@ -1,6 +1,8 @@
 // The workspaces of grouped_lora and its backward, and the Params of the prefill kernels they call.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/grouped_lora/train/config.h"
 
 namespace milora::train {
@@ -24,6 +26,9 @@ inline GroupedLoraPoolParams pool_params(const P& p, const PackedPool& pool) {
   out.num_routes = p.num_routes;
   out.num_adapters = p.num_adapters;
   out.num_experts = out.num_slices = 1;
+  for (int64_t i = 0; i < p.num_adapters; ++i) {
+    out.max_rank = std::max<int64_t>(out.max_rank, p.adapters[i].rank);
+  }
   out.dtype = p.dtype;
   return out;
 }
@@ -61,7 +66,8 @@ struct BackwardMemory {
 inline int64_t lay_out(const GroupedLoraBackwardParams& p, void* memory, BackwardMemory* out) {
   Cutter cutter{static_cast<char*>(memory)};
   out->pool = lay_out_pool(p.adapters, p.num_adapters, p.d_in, p.d_out, p.dtype, &cutter);
-  out->coefs = lay_out_coefs(p.num_tokens, p.dtype, &cutter);
+  const int64_t width = prefill::partial_width(pool_params(p, out->pool));
+  out->coefs = lay_out_coefs(p.num_tokens, width, p.dtype, &cutter);
   for (const bool forward : {true, false}) {
     const GroupedLoraPoolParams params =
         forward ? pool_params(p, out->pool) : reverse_params(p, out->pool);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kFinishThreads, 8)
     finish_kernel(const __grid_constant__ GroupedLoraPoolParams forward, int64_t d_out,
                   prefill::Workspace work, const float* reverse_partials, TokenCoefs coefs) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t step = forward.num_tokens * kMaxRank;
+  const int64_t width = prefill::partial_width(forward), step = forward.num_tokens * width;
   for (int index = blockIdx.x; index < work.counts->tiles; index += gridDim.x) {
     const prefill::Tile tile = work.tiles[index];
     const int rank = forward.ranks[tile.adapter];
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kFinishThreads, 8)
       const int64_t token = tile.first + row;
       float dot = 0;
       for (int r = lane; r < rank; r += kWarp) {
-        const int64_t at = token * kMaxRank + r;
+        const int64_t at = token * width + r;
         const float hidden =
             sum_splits(work.partials + at, step, prefill::num_splits(forward.d_in));
         const float grad_hidden =
@@ -132,7 +132,8 @@ __device__ __forceinline__ void reduce_stage(ReduceSums<T>& sums, const uint8_t*
 template <class T, bool kForB>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ GradTable table, prefill::Workspace work,
-                  const void* factors_, const void* data_, int64_t data_stride, int64_t width) {
+                  const void* factors_, int64_t factors_stride, const void* data_,
+                  int64_t data_stride, int64_t width) {
   constexpr int kItems = kRowItems<T>;
   uint8_t* stages = shared_memory();
   const int index = blockIdx.y;
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t column = first_column + piece * kPieceItems<T>;
       for (int row = threadIdx.x / kPieces; row < kTileRows; row += kThreads / kPieces) {
         const int64_t token = tile.first + row;
-        prefill::fill_piece(factor_tile, row, piece, factors + token * kMaxRank + r,
+        prefill::fill_piece(factor_tile, row, piece, factors + token * factors_stride + r,
                             row < tile.rows ? rank - r : 0, true, factors);
         prefill::fill_piece(data_tile, row, piece, data + token * data_stride + column,
                             row < tile.rows ? width - column : 0, aligned, factors);

@@ -6,8 +6,9 @@
 #   bench/gpu_check.sh --list              their names
 #   OUT=dir PYTHON=python bench/gpu_check.sh
 #
-# Stages, each stopped after LIMIT seconds (480). DEADLINE=seconds bounds the whole run: no stage may
-# last longer than what is left, and those that would start with less than 20 s are named as not run.
+# Stages, each stopped after LIMIT seconds (480). DEADLINE=seconds bounds the whole run: no stage
+# lasts longer than what is left, and those that would start with less than 20 s are named as not
+# run. The tests need pytest-timeout, and are sooner done with pytest-xdist.
 #   load       the library as it lies in milora/lib, built here only if there is none; the pybind11
 #              module, if it was built for another Python; what is absent. If it fails, all ends
 #   test       the ops' tests on the GPU, against float64; what was seen correct, into $OUT
@@ -56,17 +57,16 @@ find_sanitizer() {
 }
 
 # As CMakeLists.txt builds it, for a library that was carried to another Python.
-build_native() {
-  local isas=baseline suffix version
+build_native() {  # where to
+  local isas=baseline version
   [ "$(uname -m)" != x86_64 ] || isas+=,avx2,avx512,avx512_bf16
-  suffix="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
   version="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' milora/_version.py)"
   # shellcheck disable=SC2046  # several options
   c++ -O2 -std=c++20 -shared -fPIC -fvisibility=hidden -Icsrc \
     $("$PYTHON" -m pybind11 --includes) -DMILORA_VERSION="\"$version\"" \
     -DMILORA_ISA_NAMES="\"$isas\"" -DMILORA_CXX_COMPILER="\"c++ $(c++ -dumpversion)\"" \
     -DMILORA_CUDA_COMPILER='"nvcc"' \
-    csrc/module.cpp csrc/pool/allocator.cpp -o "milora/_native$suffix"
+    csrc/module.cpp csrc/pool/allocator.cpp -o "$1"
 }
 
 say_what_is_absent() {
@@ -81,11 +81,14 @@ say_what_is_absent() {
 }
 
 stage_load() {
+  local native suffix
   if [ ! -e milora/lib/libmilora_ops.so ]; then
     MILORA_CUDA=1 "$PYTHON" setup.py --quiet build_ext --inplace || return 1
   fi
-  "$PYTHON" -c 'import milora._native' 2>/dev/null || build_native ||
-    echo "absent: milora._native, so no test of the adapter pool"
+  suffix="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
+  native="milora/_native$suffix"
+  [ -e "$native" ] || build_native "$native" ||
+    echo "absent: $native, so no test of the adapter pool"
   say_what_is_absent
   "$PYTHON" -c '
 import sys

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 from test_bench_gpu import CHECK, ROOT, WITHOUT_NATIVE, run
 
+from milora import _build
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 STAGES = ["load", "test", "quick", "model", "memcheck", "racecheck", "initcheck",
           "memcheck_variants", "racecheck_variants", "initcheck_variants",
           "g1", "g2", "g3", "g4", "g5", "pool", "train", "cpp", "report"]  # fmt: skip
@@ -61,9 +66,21 @@ def test_nothing_follows_a_load_that_fails(tmp_path):
     assert done.stdout.endswith("failed: load\nnot run: test g1\n")
 
 
+@pytest.mark.skipif(bool(_build.cuda_archs()), reason="is about libraries without CUDA")
+def test_nothing_follows_a_library_without_cuda(tmp_path, fake):
+    seeing = f'exec {sys.executable} -c "import torch; torch.cuda.is_available = lambda: True; $2"'
+    answers = f"*EXT_SUFFIX*) echo {SUFFIX} ;; *cuda_archs*) {seeing} ;;"
+    python = fake("python", f'case "$*" in {answers} esac')
+    done = run("bash", CHECK, "load", "g1", OUT=str(tmp_path), PYTHON=str(python))
+    assert done.returncode == 1 and "was built without CUDA" in done.stderr
+    assert done.stdout.endswith("failed: load\nnot run: g1\n")
+
+
 def test_load_says_what_is_absent(tmp_path, fake):
-    python = fake("python", 'case "$*" in *find_spec*xdist) exit 1 ;; esac')
+    answers = f"*EXT_SUFFIX*) echo {SUFFIX} ;; *find_spec*xdist) exit 1 ;;"
+    python = fake("python", f'case "$*" in {answers} esac')
     done = run("bash", CHECK, "load", OUT=str(tmp_path), PYTHON=str(python))
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
     assert "absent: xdist\n" in done.stdout and "absent: peft" not in done.stdout
     places = {"bench/peers/unpacked": "no engines", "build/bench-cuda": "no stage cpp"}
     for place, what in places.items():
@@ -207,10 +224,12 @@ def test_load_builds_the_pybind_module_for_this_python(tmp_path):
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": ""}
     script = tmp_path / "bench" / "gpu_check.sh"
     done = subprocess.run(["bash", script, "load"], env=env, capture_output=True, text=True)
-    assert "absent: milora._native" not in done.stdout, done.stderr
-    show = "from milora import _build; i = _build.build_info(); print(i['version'], i['cpu_isas'])"
-    seen = subprocess.run(
-        [sys.executable, "-c", show], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    want = run(sys.executable, "-c", show, PYTHONPATH=str(ROOT))
-    assert seen.returncode == 0 and seen.stdout == want.stdout, seen.stderr
+    assert "no test of the adapter pool" not in done.stdout, done.stderr
+    built = tmp_path / "milora" / f"_native{SUFFIX}"
+    spec = importlib.util.spec_from_file_location("milora._native", built)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    info, want = module.build_info(), _build.build_info()
+    assert all(info[name] == want[name] for name in ("version", "cpu_isas"))
+    assert info["cuda_compiler"] == "nvcc"
+    assert module.PoolAllocator(4096, 64).allocate([10, 20]) == [0, 64]

@@ -68,21 +68,17 @@ class Problem:
     """Arguments of the ops, the same for every provider; as many routers as prompts."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str):
-        draw = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=draw)
-
+        self.draw = torch.Generator().manual_seed(0)
         n, d = case.batch, case.d
         starts = torch.arange(n, dtype=torch.int32) * case.tokens
         code = [ops.POOLERS.index(case.pooler), 0, 0, 0, TOP_K, case.num_experts]
         coef = torch.tensor(rational.fit(), dtype=torch.float32)
         tensors = {
-            "h": random(n * case.tokens, d).to(dtype),
+            "h": self.random(n * case.tokens, d).to(dtype),
             "spans": torch.stack([starts, starts + case.tokens], dim=1),
             "router_of": torch.tensor(popularity(case.popularity, n, n), dtype=torch.int32),
-            "w_sa": random(n, d) * d**-0.5,
-            "w_r": random(n, case.num_experts, d) * d**-0.5,
+            "w_sa": self.random(n, d) * d**-0.5,
+            "w_r": self.random(n, case.num_experts, d) * d**-0.5,
             "coef": coef.repeat(n, 1),
             "codes": torch.tensor([code] * n, dtype=torch.int32),
         }
@@ -94,6 +90,9 @@ class Problem:
         h = self.t["h"]
         number = min(64, 1 + 2 * machine.cache_bytes(device) // h.nbytes)
         self.turns = itertools.cycle([h, *(h.clone() for _ in range(number - 1))])
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.draw)
 
     def tensors(self) -> list[Tensor]:
         """Arguments of `ops.prompt_router`, with the next hidden states."""
@@ -148,7 +147,7 @@ def make_runs(p: Problem) -> dict[str, Callable[[], object]]:
     else:
         for name in ("w_sa", "w_r", "coef"):
             p.t[name].requires_grad_()
-        dgates = torch.randn(case.batch, case.num_experts, device=p.t["h"].device)
+        dgates = p.random(case.batch, case.num_experts).to(p.t["h"].device)
 
         def step(op: Callable) -> tuple[Tensor, ...]:
             arguments = p.tensors()

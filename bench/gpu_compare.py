@@ -10,7 +10,7 @@ import gpu_providers
 import machine
 import torch
 from gpu_problem import Problem
-from gpu_timing import Calls, calls, num_copies, per_call
+from gpu_timing import Calls, calls, num_copies, per_call, rounds
 from measure import Report, Run, Times, interleaved
 from peers import PeerAbsent, reason
 
@@ -51,10 +51,14 @@ def build(
         nbytes = sum(problem.active_bytes() for problem in problems)
         if base:
             nbytes += sum(w.nbytes for problem in problems for w in problem.weights.w)
+        held = sum(problem.weights.adapter_bytes() for problem in problems)
+        copies = num_copies(max(1, nbytes), s.args.device, quick=s.args.quick, held=held)
         functions = []
-        for number in range(num_copies(max(1, nbytes), s.args.device, quick=s.args.quick)):
+        for number in range(copies):
             for provider, problem in zip(providers, problems, strict=True):
                 functions.append(step(provider, problem, base, again=number > 0))
+        if not base:
+            functions *= rounds(copies)
         made = calls(functions, s.args.device, parts=len(problems))
     except PeerAbsent:
         raise

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from gpu_problem import generator
 from gpu_timing import captured
 from measure import Run
 from providers import Provider
@@ -39,12 +40,14 @@ def tenants_on(
     dtype: torch.dtype,
 ) -> Tenants:  # fmt: skip
     """As `Tenants.random`, drawn on the device."""
-    a, b = {}, {}
+    a, b, draw = {}, {}, generator(device, seed=1)
     for layer in range(shape.layers):
         for module in MODULES:
             d_in, d_out = shape.sizes(module)
             for made, rows, columns in ((a, rank, d_in), (b, d_out, rank)):
-                values = torch.randn(num_adapters, rows, columns, device=device, dtype=dtype)
+                values = torch.randn(
+                    num_adapters, rows, columns, device=device, dtype=dtype, generator=draw
+                )
                 made[layer, module] = values.mul_(columns**-0.5)
     return Tenants(shape, rank, adapter_of, a, b)
 

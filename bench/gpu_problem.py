@@ -1,6 +1,7 @@
 """Modules that read the same x, rows of many tenants, and the update of each row: for G1 and G3.
 
-Everything is drawn on the device. `Problem.update` is plain float32 torch, which no provider is
+Everything is drawn on the device, by generators of its own: after a CUDA graph whose capture has
+failed, torch's default one refuses. `Problem.update` is plain float32 torch, which no provider is
 made of.
 """
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes, of rows in the pool
+
+
+def generator(device: str | torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 @dataclass
@@ -30,6 +35,10 @@ class Weights:
         """The adapters again, elsewhere in memory; the base's weights are shared."""
         a, b = ([t.clone() for t in tensors] for tensors in (self.a, self.b))
         return Weights(self.w, a, b, self.ranks)
+
+    def adapter_bytes(self) -> int:
+        """Of a copy."""
+        return sum(t.nbytes for t in (*self.a, *self.b))
 
     def alone(self, s: int) -> Weights:
         return Weights([self.w[s]], [self.a[s]], [self.b[s]], self.ranks)
@@ -66,7 +75,9 @@ class Problem:
         self.x, self.weights, self.adapter_of, self.tokens = x, weights, adapter_of, tokens
         self.gates = gates
         self.widths = [w.shape[0] for w in weights.w]
-        self.y = torch.randn(len(x), sum(self.widths), device=x.device).to(x.dtype)
+        self.draw = generator(x.device, seed=1)
+        self.y = torch.empty(len(x), sum(self.widths), dtype=x.dtype, device=x.device)
+        self.refill()
         rows = torch.arange(len(adapter_of), dtype=torch.int32, device=x.device)
         self.route_of = rows.repeat_interleave(tokens)
         self.slots = torch.tensor(adapter_of, dtype=torch.int32, device=x.device)
@@ -83,8 +94,11 @@ class Problem:
         tokens: int = 1,
         gates: Tensor | None = None,
     ) -> Problem:
+        source = generator(device, seed=0)
+
         def draw(*shape: int) -> Tensor:
-            return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).to(dtype)
+            values = torch.randn(*shape, device=device, generator=source)
+            return (values * shape[-1] ** -0.5).to(dtype)
 
         weights = Weights(
             [draw(n, d_in) for n in d_out],
@@ -96,9 +110,13 @@ class Problem:
             for a, b in zip(weights.a, weights.b, strict=True):
                 a[adapter, rank:] = 0
                 b[adapter, :, rank:] = 0
-        x = torch.randn(len(adapter_of) * tokens, d_in, device=device).to(dtype)
+        x = torch.randn(len(adapter_of) * tokens, d_in, device=device, generator=source).to(dtype)
         on = torch.ones(len(adapter_of), len(d_out), device=device) if gates is None else gates
         return cls(x, weights, adapter_of, tokens, on)
+
+    def refill(self) -> None:
+        """Draw y anew: each timed call has added to it."""
+        self.y.normal_(generator=self.draw)
 
     def slices(self) -> list[Tensor]:
         """y of each module: views."""

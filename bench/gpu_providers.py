@@ -201,11 +201,16 @@ def make(name: str, problem: Problem) -> Provider:
 def check(name: str, provider: Provider, call: Call, *, base: bool) -> None:
     """Run call() and compare what it makes of y with float32 torch.
 
+    y is drawn anew before: earlier providers' calls have made it so large that an update is lost in
+    its rounding.
+
     Args:
         base: whether the call writes the modules' outputs too, instead of adding to y.
     Raises: RuntimeError, since a bench that times wrong results is worthless.
     """
     bare = isinstance(provider, Base)
+    for part in provider.parts:
+        part.refill()
     updates = [part.update() for part in provider.parts]
     starts = [
         part.base() if base else part.y.to(torch.float32, copy=True) for part in provider.parts

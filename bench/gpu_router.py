@@ -8,7 +8,7 @@ import itertools
 import torch
 from bench_prompt_router import Case, Problem, check, make_runs
 from gpu_compare import Setting
-from gpu_timing import calls, num_copies, per_call
+from gpu_timing import calls, num_copies, per_call, rounds
 
 NAMES = ("base", "milora", "stacked")
 PROMPTS = (1, 8, 64)
@@ -30,7 +30,7 @@ def measure(s: Setting, case: Case, dtype: torch.dtype) -> None:
     functions = make_runs(p)
     with torch.set_grad_enabled(case.kind == "backward"):
         check(p, functions, dtype)
-        made = {n: calls([functions[n]] * copies, s.args.device) for n in NAMES}
+        made = {n: calls([functions[n]] * (copies * rounds(copies)), s.args.device) for n in NAMES}
         times = per_call(made, s.args.device, s.repeat, s.args.seconds)
     # Backward reads H twice, once for either direction, and writes a gradient of its size.
     nbytes = h.nbytes * (3 if case.kind == "backward" else 1)

@@ -16,7 +16,10 @@ import torch
 from measure import Run, Times, interleaved
 
 CACHES = 4  # copies hold so many times the last cache: none is there when its turn comes
+LEAST_CACHES = 2  # where COPY_BYTES allows no more
 MAX_COPIES = 512
+COPY_BYTES = 8 << 30  # of all copies of one provider; G1 has seven of them
+GRAPH_CALLS = 32  # at least, of short calls: a graph's launch takes microseconds of its own
 
 
 @dataclass
@@ -27,10 +30,24 @@ class Calls:
     number: int
 
 
-def num_copies(nbytes: int, device: str, *, quick: bool) -> int:
-    """Of weights of `nbytes`, so that a call finds none of its own in a cache."""
-    wanted = math.ceil(CACHES * machine.cache_bytes(device) / nbytes)
-    return max(1, min(wanted, 2 if quick else MAX_COPIES))
+def num_copies(nbytes: int, device: str, *, quick: bool, held: int | None = None) -> int:
+    """How many copies of its weights a provider needs to find none of them in a cache.
+
+    Args:
+        nbytes: that a call reads of one.
+        held: that one takes in memory, where a call reads a part of it.
+    """
+    least, wanted = (
+        math.ceil(caches * machine.cache_bytes(device) / nbytes)
+        for caches in (LEAST_CACHES, CACHES)
+    )
+    fitting = max(least, COPY_BYTES // (held or nbytes))
+    return max(1, min(wanted, fitting, 2 if quick else MAX_COPIES))
+
+
+def rounds(copies: int) -> int:
+    """How often a graph of short calls goes round their copies."""
+    return math.ceil(GRAPH_CALLS / copies)
 
 
 def calls(functions: list[Callable[[], object]], device: str, parts: int = 1) -> Calls:
@@ -55,10 +72,12 @@ def captured(
 
     Warm-up and capture are on one stream, since some engines keep workspaces by stream. `before`
     puts right what a step changes.
-    Raises: RuntimeError, if step() does what a graph cannot hold.
+    Raises: RuntimeError, if step() does what a graph cannot hold; from then on torch's default
+        generator may refuse to draw on the device.
     """
+    outer = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(outer)
     with torch.cuda.stream(stream):
         for _ in range(3):
             before()
@@ -66,8 +85,11 @@ def captured(
         before()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    finally:
+        torch.cuda.set_stream(outer)  # where ending the capture fails, torch leaves the graph's set
     torch.cuda.synchronize()
     return graph
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -39,11 +40,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit; `-dirty` where files differ from it."""
+    """The checkout's commit, `-dirty` where files differ from it.
+
+    MILORA_COMMIT comes first, for files that were carried here without their repository.
+    """
+    if given := os.environ.get("MILORA_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+    except OSError:  # no git on this machine
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

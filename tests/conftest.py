@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -12,6 +14,16 @@ from milora import _build
 def _same_start():
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+def pytest_runtest_logfinish():
+    """After an error that a GPU does not recover from, every later test of the process would fail:
+    a worker of pytest-xdist ends then, and another one goes on."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

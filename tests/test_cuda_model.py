@@ -32,17 +32,30 @@ def batch():
     return pad(prompts, "left")
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+def generate(model, batch, **options):
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **options).cpu()
+
+
+STATIC = {"cache_implementation": "static"}
+
+
+# On a GPU transformers compiles the steps on a static cache unless it is told not to.
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {**STATIC, "disable_compile": True}])
 def test_generation_and_routes_equal_the_cpus(models, batch, options):
     cpu, gpu = models
     milora.reset_stats(gpu)
     with milora.record_routing(cpu) as want, milora.record_routing(gpu) as got:
-        expected = cpu.generate(**batch, max_new_tokens=6, do_sample=False, **options)
-        on_gpu = {key: value.cuda() for key, value in batch.items()}
-        actual = gpu.generate(**on_gpu, max_new_tokens=6, do_sample=False, **options)
-    assert torch.equal(actual.cpu(), expected)
+        expected, actual = (generate(model, batch, **options) for model in models)
+    assert torch.equal(actual, expected)
     assert got[0].to(torch.device("cpu")).same_route(want[0], tolerance=1e-4)
     assert milora.stats(gpu) == milora.Stats(NUM_BLOCKS * len(LENGTHS), NUM_BLOCKS)
+
+
+def test_compiled_generation_equals_the_cpus(models, batch):
+    cpu, gpu = models
+    assert torch.equal(generate(gpu, batch, **STATIC), generate(cpu, batch, **STATIC))
 
 
 def test_gradients_equal_the_cpus(models, batch):

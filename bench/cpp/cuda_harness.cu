@@ -229,7 +229,7 @@ std::vector<float> Memory::floats(int64_t byte, int64_t count) const {
 // ---- report -----------------------------------------------------------------------------------
 
 Report::Report(const Options& options, const char* bench) : options_(options), bench_(bench) {
-  commit_ = first_line_of("git describe --always --dirty 2>/dev/null");
+  commit_ = first_line_of("echo ${MILORA_COMMIT:-$(git describe --always --dirty 2>/dev/null)}");
   if (commit_.empty()) commit_ = "unknown";
   const std::time_t seconds = std::time(nullptr);
   char text[32];

@@ -245,7 +245,7 @@ const char* name_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? "float32" :
 
 Report::Report(const Options& options, int threads) : threads_(threads), quick_(options.quick) {
   hardware_ = processor() + ", " + std::to_string(threads) + " threads";
-  commit_ = first_line_of("git describe --always --dirty 2>/dev/null");
+  commit_ = first_line_of("echo ${MILORA_COMMIT:-$(git describe --always --dirty 2>/dev/null)}");
   if (commit_.empty()) commit_ = "unknown";
   date_ = now();
   if (options.json.empty()) return;

@@ -25,7 +25,7 @@ void shrink(const GroupedLoraPoolParams& p, const prefill::Workspace& work) {
 template <class T, bool kForB>
 void reduce(const GroupedLoraBackwardParams& p, const BackwardMemory& memory,
             const GradTable& table) {
-  const int64_t coefs_width = prefill::partial_width(pool_params(p, memory.pool));
+  const int64_t coefs_width = memory.forward.partials.width;
   constexpr int64_t kItems = prefill::kRowItems<T>;
   const int64_t width = kForB ? p.d_out : p.d_in;
   const int max_rank = *std::max_element(table.ranks, table.ranks + table.count);

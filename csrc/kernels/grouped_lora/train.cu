@@ -98,8 +98,8 @@ cudaError_t backward(const GroupedLoraBackwardParams& p, const BackwardMemory& m
           forward, p.d_out, memory.forward, memory.reverse.partials, memory.coefs);
   for (int64_t first = 0; p.grads != nullptr && first < p.num_adapters; first += kTableSize) {
     const GradTable table = make_grad_table(p.adapters, p.grads, p.num_adapters, first);
-    launch_reduce<T, false>(p, memory, table, prefill::partial_width(forward), stream);
-    launch_reduce<T, true>(p, memory, table, prefill::partial_width(forward), stream);
+    launch_reduce<T, false>(p, memory, table, memory.forward.partials.width, stream);
+    launch_reduce<T, true>(p, memory, table, memory.forward.partials.width, stream);
   }
   if (p.dgates != nullptr) {
     gate_kernel<<<static_cast<unsigned>(p.num_routes), kWarp, 0, stream>>>(

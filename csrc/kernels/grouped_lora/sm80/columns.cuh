@@ -9,11 +9,12 @@
 
 namespace milora::prefill {
 
-// Column `index` of the pass that begins at rank block `first_block`; *total_blocks is the number
-// of rank blocks of all passes. A column that the tile has not is empty.
+// Column `index` of the pass that begins at rank block `first_block`, with `width` partial sums a
+// row; *total_blocks is the number of rank blocks of all passes. A column that the tile has not is
+// empty.
 template <class T>
 __device__ __forceinline__ Column column_at(const GroupedLoraPoolParams& p, const Tile& tile,
-                                            int split, int first_block, int index,
+                                            int64_t width, int split, int first_block, int index,
                                             int* total_blocks) {
   Column column{nullptr, 0};
   const int block = first_block + index / kRankBlock;
@@ -25,7 +26,7 @@ __device__ __forceinline__ Column column_at(const GroupedLoraPoolParams& p, cons
     const int row = (block - total) * kRankBlock + index % kRankBlock;
     const int rank_blocks = static_cast<int>(ceil_div(rank, kRankBlock));
     if (row >= 0 && row < rank_blocks * kRankBlock) {
-      column.target = partial_row(p, split, s, tile.first) + row;
+      column.target = partial_row(p, width, split, s, tile.first) + row;
       if (row < rank) {
         column.row = p.pool + offsets_at(p, entry)[kPartA] + row * pool_row_bytes<T>(p.d_in);
       }

@@ -67,12 +67,17 @@ struct PlanCounts {
 };
 
 // ---- workspace ----
+// Sums of A x by splits of d_in: [splits, num_slices, num_tokens, width]; only what an expert needs
+// is used.
+struct Partials {
+  float* sums;
+  int64_t width;  // partial_width, once for all kernels
+};
 struct Workspace {
   PlanCounts* counts;
   Tile* tiles;  // [num_tokens]: a tile has a row at least
   Job* jobs;    // [num_tokens * num_slices]
-  // [splits, num_slices, num_tokens, partial_width]; only what an expert needs is used.
-  float* partials;
+  Partials partials;
   // Of a plan that is aligned to blocks of kBlockRows tokens, else null: the first tile of each
   // block, and the number of tiles. [ceil(num_tokens / kBlockRows) + 1]
   int32_t* block_begin;
@@ -90,13 +95,13 @@ MILORA_HOST_DEVICE int64_t tile_first(int64_t t, int64_t start) {
 MILORA_HOST_DEVICE int num_splits(int64_t d_in) { return static_cast<int>(ceil_div(d_in, kSplit)); }
 
 // Sums of a row: as many as an expert of the call may have ranks, in blocks of 16.
-MILORA_HOST_DEVICE int64_t partial_width(const GroupedLoraPoolParams& p) {
+inline int64_t partial_width(const GroupedLoraPoolParams& p) {
   return ceil_div(most_ranks(p), kRankBlock) * kRankBlock;
 }
 
-MILORA_HOST_DEVICE int64_t partial_row(const GroupedLoraPoolParams& p, int split, int slice,
-                                       int64_t token) {
-  return ((split * p.num_slices + slice) * p.num_tokens + token) * partial_width(p);
+MILORA_HOST_DEVICE int64_t partial_row(const GroupedLoraPoolParams& p, int64_t width, int split,
+                                       int slice, int64_t token) {
+  return ((split * p.num_slices + slice) * p.num_tokens + token) * width;
 }
 
 inline int64_t align_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -114,8 +119,10 @@ inline int64_t lay_out(const GroupedLoraPoolParams& p, void* memory, bool aligne
   workspace->counts = static_cast<PlanCounts*>(take(sizeof(PlanCounts)));
   workspace->tiles = static_cast<Tile*>(take(p.num_tokens * sizeof(Tile)));
   workspace->jobs = static_cast<Job*>(take(p.num_tokens * p.num_slices * sizeof(Job)));
-  workspace->partials = static_cast<float*>(
-      take(num_splits(p.d_in) * p.num_slices * p.num_tokens * partial_width(p) * sizeof(float)));
+  workspace->partials.width = partial_width(p);
+  workspace->partials.sums =
+      static_cast<float*>(take(num_splits(p.d_in) * p.num_slices * p.num_tokens *
+                               workspace->partials.width * sizeof(float)));
   workspace->block_begin =
       aligned
           ? static_cast<int32_t*>(take((ceil_div(p.num_tokens, kBlockRows) + 1) * sizeof(int32_t)))

@@ -22,14 +22,15 @@ static_assert(sizeof(CoreRows) == kExpandStageBytes, "the expand lends a stage")
 
 // Ranks [r, r + 4) of h of a token: the splits in ascending order, then the gates. What lies past
 // the rank is 0.
-__device__ __forceinline__ float4 hidden_four(const GroupedLoraPoolParams& p, const float* partials,
-                                              int64_t token, int slice, int rank, int r) {
+__device__ __forceinline__ float4 hidden_four(const GroupedLoraPoolParams& p,
+                                              const Partials& partials, int64_t token, int slice,
+                                              int rank, int r) {
   const int splits = num_splits(p.d_in);
   float sum[4] = {};
   for (int split = 0; split < splits; ++split) {
     // Sums past the rank are there, up to the block of 16, and are dropped below.
-    const float4 part =
-        *reinterpret_cast<const float4*>(partials + partial_row(p, split, slice, token) + r);
+    const float4 part = *reinterpret_cast<const float4*>(
+        partials.sums + partial_row(p, partials.width, split, slice, token) + r);
     sum[0] += part.x;
     sum[1] += part.y;
     sum[2] += part.z;
@@ -50,9 +51,9 @@ __device__ __forceinline__ float4 hidden_four(const GroupedLoraPoolParams& p, co
 // kBlockThreads threads of the block must call it; `staged` is theirs until it returns, after a
 // barrier.
 template <class T, int kBlockThreads = kThreads, class Put>
-__device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p, const float* partials,
-                                              const Tile& tile, int slice, int rank,
-                                              const uint8_t* core, CoreRows& staged,
+__device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p,
+                                              const Partials& partials, const Tile& tile, int slice,
+                                              int rank, const uint8_t* core, CoreRows& staged,
                                               const Put& put) {
   constexpr int kVec = kVecOf<T>;
   const int64_t row_bytes = pool_row_bytes<T>(rank);

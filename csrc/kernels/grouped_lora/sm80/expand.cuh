@@ -40,7 +40,7 @@ __device__ __forceinline__ int hidden_at(int row, int piece) {
 // nothing reads. `staged` is free for the core.
 template <class T>
 __device__ __forceinline__ void make_hidden(uint8_t* hidden, const GroupedLoraPoolParams& p,
-                                            const float* partials, const Tile& tile, int slice,
+                                            const Partials& partials, const Tile& tile, int slice,
                                             int rank, const uint8_t* core, CoreRows& staged) {
   const auto target = [&](int row, int r) {
     return reinterpret_cast<T*>(hidden + hidden_at<T>(row, r / kPieceItems<T>)) +

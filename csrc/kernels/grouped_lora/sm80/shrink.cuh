@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
     for (int first_block = 0;; first_block += kRankBlocks) {
       // ---- the columns of this pass ----
       int total;
-      const Column column = column_at<T>(p, tile, split, first_block, threadIdx.x, &total);
+      const Column column =
+          column_at<T>(p, tile, workspace.partials.width, split, first_block, threadIdx.x, &total);
       const int blocks = total - first_block < kRankBlocks ? total - first_block : kRankBlocks;
       if (blocks <= 0) break;  // the whole block agrees
       __syncthreads();         // the pass before may still read columns and stages
@@ -146,7 +147,6 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
       }
 
       // ---- out: two neighbouring ranks a store ----
-      const int64_t width = partial_width(p);
 #pragma unroll
       for (int b = 0; b < kWarpRankBlocks; ++b) {
         const int block = b * kWarpsAcross + across;
@@ -154,13 +154,14 @@ __global__ void __launch_bounds__(kThreads, 3)  // what their shared memory allo
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int column_at = block * kRankBlock + n * 8 + lane % 4 * 2;
-          float* target = workspace.partials + columns[column_at].target;
+          float* target = workspace.partials.sums + columns[column_at].target;
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
             const int row = down * 32 + m * 8 + lane / 4;
             if (row >= tile.rows) continue;
             const float* sum = &sums[b][m / 2][n][m % 2 * 2];
-            *reinterpret_cast<float2*>(target + row * width) = make_float2(sum[0], sum[1]);
+            *reinterpret_cast<float2*>(target + row * workspace.partials.width) =
+                make_float2(sum[0], sum[1]);
           }
         }
       }

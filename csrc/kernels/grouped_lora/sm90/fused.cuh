@@ -37,7 +37,7 @@ template <class T>
 __global__ void __launch_bounds__(prefill::kThreads)
     finish_kernel(const __grid_constant__ GroupedLoraPoolParams p, Workspace workspace) {
   __shared__ prefill::CoreRows staged;
-  const float* partials = workspace.shrink.partials;
+  const prefill::Partials& partials = workspace.shrink.partials;
   T* hidden = static_cast<T*>(workspace.hidden);
   for (int index = blockIdx.x; index < workspace.shrink.counts->tiles; index += gridDim.x) {
     const prefill::Tile tile = workspace.shrink.tiles[index];
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(prefill::kThreads)
       const int row = i / padded, r = i % padded;
       float sum = 0;
       for (int split = 0; split < splits && r < rank; ++split) {
-        sum += partials[prefill::partial_row(p, split, 0, tile.first + row) + r];
+        sum +=
+            partials.sums[prefill::partial_row(p, partials.width, split, 0, tile.first + row) + r];
       }
       put(row, r, sum);
     }

@@ -16,6 +16,7 @@ using prefill::kRankBlock;
 using prefill::kRowBytes;
 using prefill::kSplit;
 using prefill::kUnitColumns;
+using prefill::Partials;
 using prefill::swizzled;
 using prefill::Tile;
 using prefill::Workspace;

@@ -172,8 +172,9 @@ struct Loads {
 // S of a unit, rounded, up to the rank's next multiple of 16; rows that the tile has not may be
 // anything.
 template <class T>
-__device__ __forceinline__ void make_hidden(const GroupedLoraPoolParams& p, const float* partials,
-                                            const ExpandUnit& unit, ExpandShared& shared) {
+__device__ __forceinline__ void make_hidden(const GroupedLoraPoolParams& p,
+                                            const Partials& partials, const ExpandUnit& unit,
+                                            ExpandShared& shared) {
   constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
   const auto target = [&](int row, int r) {
     uint8_t* block = shared.hidden + r / kDepth * kHiddenBlockBytes;

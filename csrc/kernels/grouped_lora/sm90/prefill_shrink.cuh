@@ -34,7 +34,7 @@ struct ShrinkPass {
 // The sums of a pass, kWidth >= its columns. `taken` counts stages since the kernel began.
 template <class T, int kWidth>
 __device__ __forceinline__ void shrink_pass(const ShrinkPass& pass, const GroupedLoraPoolParams& p,
-                                            const CUtensorMap* x_map, float* partials,
+                                            const CUtensorMap* x_map, const Partials& partials,
                                             ShrinkShared& shared, uint32_t& taken) {
   constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
   const int steps = static_cast<int>(ceil_div(pass.k_end - pass.k_begin, kDepth));
@@ -92,19 +92,18 @@ __device__ __forceinline__ void shrink_pass(const ShrinkPass& pass, const Groupe
   wait_copies<0>();  // only empty groups are left; the next pass starts counting anew
 
   // ---- out: two neighbouring ranks a store ----
-  const int64_t width = prefill::partial_width(p);
   const int lane = threadIdx.x % kWarp;
   const int first_row = threadIdx.x / kWarp * 16 + lane / 4;
 #pragma unroll
   for (int j = 0; j < kWidth / 8; ++j) {
     const int column = 8 * j + lane % 4 * 2;
     if (column >= pass.columns) continue;
-    float* target = partials + shared.columns[column].target;
+    float* target = partials.sums + shared.columns[column].target;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const int row = first_row + 8 * m;
       if (row >= pass.tile.rows) continue;
-      *reinterpret_cast<float2*>(target + row * width) =
+      *reinterpret_cast<float2*>(target + row * partials.width) =
           make_float2(sums[4 * j + 2 * m], sums[4 * j + 2 * m + 1]);
     }
   }
@@ -133,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     constexpr int kPassBlocks = kShrinkColumns / kRankBlock;
     for (int first_block = 0;; first_block += kPassBlocks) {
       int total;
-      const Column column =
-          prefill::column_at<T>(p, pass.tile, split, first_block, threadIdx.x, &total);
+      const Column column = prefill::column_at<T>(p, pass.tile, workspace.partials.width, split,
+                                                  first_block, threadIdx.x, &total);
       const int blocks = total - first_block < kPassBlocks ? total - first_block : kPassBlocks;
       if (blocks <= 0) break;  // the whole block agrees
       pass.columns = blocks * kRankBlock;

@@ -41,9 +41,9 @@ __device__ __forceinline__ float sum_splits(const float* partial, int64_t step, 
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 8)
     finish_kernel(const __grid_constant__ GroupedLoraPoolParams forward, int64_t d_out,
-                  prefill::Workspace work, const float* reverse_partials, TokenCoefs coefs) {
+                  prefill::Workspace work, prefill::Partials reverse_partials, TokenCoefs coefs) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t width = prefill::partial_width(forward), step = forward.num_tokens * width;
+  const int64_t width = work.partials.width, step = forward.num_tokens * width;
   for (int index = blockIdx.x; index < work.counts->tiles; index += gridDim.x) {
     const prefill::Tile tile = work.tiles[index];
     const int rank = forward.ranks[tile.adapter];
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kFinishThreads, 8)
       for (int r = lane; r < rank; r += kWarp) {
         const int64_t at = token * width + r;
         const float hidden =
-            sum_splits(work.partials + at, step, prefill::num_splits(forward.d_in));
+            sum_splits(work.partials.sums + at, step, prefill::num_splits(forward.d_in));
         const float grad_hidden =
-            sum_splits(reverse_partials + at, step, prefill::num_splits(d_out));
+            sum_splits(reverse_partials.sums + at, step, prefill::num_splits(d_out));
         dot = fmaf(hidden, grad_hidden, dot);
         static_cast<T*>(coefs.hidden)[at] = from_float<T>(factor * hidden);
         static_cast<T*>(coefs.grad_hidden)[at] = from_float<T>(factor * grad_hidden);

@@ -16,8 +16,8 @@
 // waits in step 2, Bt and the next item's A are on their way. The copies of one warp start one
 // after the other (their operands are uniform registers), so four warps, one a scheduler, start
 // four each. A stage is refilled after the barrier that ends its use, without a proxy fence: before
-// it the stage was only read. 5 stages and the sums take 107 KB: two
-// blocks, or 160 KB in flight, per multiprocessor.
+// it the stage was only read. 5 stages and the sums take 107 KB: two blocks, or 160 KB in flight,
+// per multiprocessor.
 //
 // Floor. Bytes = (rank (d_in + d_out) + rows (d_in + 2 d_out)) itemsize per item, each weight read
 // once; 2 FLOPs per weight and row. 4096 -> 4096, rank 32, bf16: 512 KiB an item.

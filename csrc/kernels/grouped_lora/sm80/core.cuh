@@ -99,4 +99,34 @@ __device__ __forceinline__ void multiply_core(const GroupedLoraPoolParams& p,
   __syncthreads();
 }
 
+// S of a tile's slice, rounded, where target(row, r) says; there the four from r on are neighbours.
+// Ranks up to the next multiple of 16 are zeros; so are rows from the tile's to `rows`, unless
+// there is a core: then they stay as they are. All kBlockThreads threads; `staged` is theirs for
+// the core.
+template <class T, int kBlockThreads = kThreads, class Target>
+__device__ __forceinline__ void make_hidden(const GroupedLoraPoolParams& p,
+                                            const Partials& partials, const Tile& tile, int slice,
+                                            int rank, int rows, const uint8_t* core,
+                                            CoreRows& staged, const Target& target) {
+  if (core != nullptr) {
+    multiply_core<T, kBlockThreads>(
+        p, partials, tile, slice, rank, core, staged,
+        [&](int row, int k, float sum) { *target(row, k) = from_float<T>(sum); });
+    return;
+  }
+  const int fours = static_cast<int>(ceil_div(rank, kRankBlock)) * (kRankBlock / 4);
+  for (int i = threadIdx.x; i < rows * fours; i += kBlockThreads) {
+    const int row = i / fours, r = i % fours * 4;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (row < tile.rows && r < rank) {
+      sum = hidden_four(p, partials, tile.first + row, slice, rank, r);
+    }
+    T* at = target(row, r);
+    at[0] = from_float<T>(sum.x);
+    at[1] = from_float<T>(sum.y);
+    at[2] = from_float<T>(sum.z);
+    at[3] = from_float<T>(sum.w);
+  }
+}
+
 }  // namespace milora::prefill

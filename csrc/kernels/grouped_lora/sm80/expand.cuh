@@ -35,37 +35,6 @@ __device__ __forceinline__ int hidden_at(int row, int piece) {
   return row * kMaxRank * static_cast<int>(sizeof(T)) + ((piece ^ (row & 7)) * kPieceBytes);
 }
 
-// S of one tile's slice into shared memory, rounded. Ranks up to the next multiple of 16 are zeros;
-// so are rows that the tile has not, unless there is a core: then they may be anything, which
-// nothing reads. `staged` is free for the core.
-template <class T>
-__device__ __forceinline__ void make_hidden(uint8_t* hidden, const GroupedLoraPoolParams& p,
-                                            const Partials& partials, const Tile& tile, int slice,
-                                            int rank, const uint8_t* core, CoreRows& staged) {
-  const auto target = [&](int row, int r) {
-    return reinterpret_cast<T*>(hidden + hidden_at<T>(row, r / kPieceItems<T>)) +
-           r % kPieceItems<T>;
-  };
-  if (core != nullptr) {
-    multiply_core<T>(p, partials, tile, slice, rank, core, staged,
-                     [&](int row, int k, float sum) { *target(row, k) = from_float<T>(sum); });
-    return;
-  }
-  const int fours = static_cast<int>(ceil_div(rank, kRankBlock)) * (kRankBlock / 4);
-  for (int i = threadIdx.x; i < kTileRows * fours; i += kThreads) {
-    const int row = i / fours, r = i % fours * 4;
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (row < tile.rows && r < rank) {
-      sum = hidden_four(p, partials, tile.first + row, slice, rank, r);
-    }
-    T* at = target(row, r);
-    at[0] = from_float<T>(sum.x);
-    at[1] = from_float<T>(sum.y);
-    at[2] = from_float<T>(sum.z);
-    at[3] = from_float<T>(sum.w);
-  }
-}
-
 // One stage: up to 64 ranks from `first_rank`, in blocks of 16.
 template <class T>
 __device__ __forceinline__ void expand_stage(ExpandSums<T>& sums, const uint8_t* hidden,
@@ -195,7 +164,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int step = 0; step < kStages - 1; ++step) load(step);
     // The last stage is nobody's until the loop below fills it, after a barrier.
     auto& staged = *reinterpret_cast<CoreRows*>(stages + (kStages - 1) * kExpandStageBytes);
-    make_hidden<T>(hidden, p, workspace.partials, tile, slice, rank, core, staged);
+    make_hidden<T>(p, workspace.partials, tile, slice, rank, kTileRows, core, staged,
+                   [&](int row, int r) {
+                     return reinterpret_cast<T*>(hidden + hidden_at<T>(row, r / kPieceItems<T>)) +
+                            r % kPieceItems<T>;
+                   });
 
     ExpandSums<T> sums = {};
     for (int step = 0; step < steps; ++step) {

@@ -18,8 +18,8 @@ namespace prefill_wgmma {
 namespace {
 
 template <class T>
-cudaError_t shrink(const GroupedLoraPoolParams& p, const Workspace& workspace,
-                          int processors, cudaStream_t stream) {
+cudaError_t shrink(const GroupedLoraPoolParams& p, const Workspace& workspace, int processors,
+                   cudaStream_t stream) {
   CUtensorMap x_map;
   cudaError_t error = make_tensor_map<T>(&x_map, p.x, p.num_tokens, p.d_in, p.x_stride, kBoxRows);
   if (error != cudaSuccess) return error;
@@ -36,8 +36,8 @@ cudaError_t shrink(const GroupedLoraPoolParams& p, const Workspace& workspace,
 }
 
 template <class T>
-cudaError_t expand(const GroupedLoraPoolParams& p, const Workspace& workspace,
-                          int processors, cudaStream_t stream) {
+cudaError_t expand(const GroupedLoraPoolParams& p, const Workspace& workspace, int processors,
+                   cudaStream_t stream) {
   const int64_t widest = *std::max_element(p.d_out, p.d_out + p.num_slices);
   const auto column_units = static_cast<int>(ceil_div(widest, kUnitColumns));
   const int64_t units = p.num_tokens * p.num_slices * column_units;

@@ -6,13 +6,13 @@
 
 namespace milora::prefill_wgmma {
 
-using prefill::align_256;
 using prefill::ceil_div;
 using prefill::Column;
 using prefill::Job;
 using prefill::kPieceBytes;
 using prefill::kPieces;
 using prefill::kRankBlock;
+using prefill::kRanksPerStage;
 using prefill::kRowBytes;
 using prefill::kSplit;
 using prefill::kUnitColumns;
@@ -62,7 +62,6 @@ static_assert(2 * (sizeof(ShrinkShared) + 1024) <= 228 * 1024, "two blocks a mul
 constexpr int kExpandStages = 6;
 constexpr int kAhead = kExpandStages - 2;
 constexpr int kYBytes = kRows * kRowBytes;
-constexpr int kRanksPerStage = 64;  // of Bt, 128 bytes each
 constexpr int kExpandStageBytes = kYBytes + kRanksPerStage * kRowBytes;
 // S: blocks of 64 ranks side by side, rows of 128 bytes in each.
 constexpr int kHiddenBlockBytes = kRows * kRowBytes;

@@ -169,39 +169,6 @@ struct Loads {
   }
 };
 
-// S of a unit, rounded, up to the rank's next multiple of 16; rows that the tile has not may be
-// anything.
-template <class T>
-__device__ __forceinline__ void make_hidden(const GroupedLoraPoolParams& p,
-                                            const Partials& partials, const ExpandUnit& unit,
-                                            ExpandShared& shared) {
-  constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
-  const auto target = [&](int row, int r) {
-    uint8_t* block = shared.hidden + r / kDepth * kHiddenBlockBytes;
-    return reinterpret_cast<T*>(block + swizzled(row, r % kDepth / kItems)) + r % kItems;
-  };
-  const int64_t core = offsets_at(p, unit.entry)[kPartCore];
-  if (core >= 0) {
-    prefill::multiply_core<T, kThreads>(
-        p, partials, unit.tile, unit.slice, unit.rank, p.pool + core, shared.core_rows,
-        [&](int row, int k, float sum) { *target(row, k) = from_float<T>(sum); });
-    return;
-  }
-  const int fours = static_cast<int>(ceil_div(unit.rank, kRankBlock)) * (kRankBlock / 4);
-  for (int i = threadIdx.x; i < unit.tile.rows * fours; i += kThreads) {
-    const int row = i / fours, r = i % fours * 4;
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (r < unit.rank) {
-      sum = prefill::hidden_four(p, partials, unit.tile.first + row, unit.slice, unit.rank, r);
-    }
-    T* at = target(row, r);
-    at[0] = from_float<T>(sum.x);
-    at[1] = from_float<T>(sum.y);
-    at[2] = from_float<T>(sum.z);
-    at[3] = from_float<T>(sum.w);
-  }
-}
-
 // sums [64, 64] = S Bt of one stage, kBlocks times 16 ranks; += after the unit's first ranks.
 template <class T, int kBlocks>
 __device__ __forceinline__ void multiply_ranks(float (&sums)[kDepth / 2], const uint8_t* hidden,
@@ -306,12 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                         int column_units, const __grid_constant__ YMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& shared = *reinterpret_cast<ExpandShared*>(shared_memory());
-  if (threadIdx.x == 0) {
-    if (shared_address(&shared) % 1024 != 0) __trap();  // the swizzle follows the address
-    for (int i = 0; i < kExpandStages; ++i) barrier_init(&shared.filled[i]);
-    barrier_init_fence();
-  }
-  __syncthreads();
+  init_stages(&shared, shared.filled);
   Loads<T> loads{p, workspace, maps, shared, column_units, 0, false, {}, {}, nullptr, 0, 0};
   loads.begin();
   for (int i = 0; i < kAhead; ++i) loads.next();
@@ -327,7 +289,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                            prefill::output_vector(p, offset[kPartU], unit.d_out),
                            prefill::output_vector(p, offset[kPartV], unit.d_out)};
     const bool multiplies = unit.tile.rows > group * kGroupRows;
-    make_hidden<T>(p, workspace.partials, unit, shared);
+    const uint8_t* core = offset[kPartCore] >= 0 ? p.pool + offset[kPartCore] : nullptr;
+    prefill::make_hidden<T, kThreads>(
+        p, workspace.partials, unit.tile, unit.slice, unit.rank, unit.tile.rows, core,
+        shared.core_rows, [&](int row, int r) {
+          constexpr int kItems = kPieceBytes / static_cast<int>(sizeof(T));
+          uint8_t* block = shared.hidden + r / kDepth * kHiddenBlockBytes;
+          return reinterpret_cast<T*>(block + swizzled(row, r % kDepth / kItems)) + r % kItems;
+        });
 
     float sums[kDepth / 2] = {};
     ExpandStep step;

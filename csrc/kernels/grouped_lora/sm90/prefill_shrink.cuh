@@ -115,12 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         const __grid_constant__ CUtensorMap x_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& shared = *reinterpret_cast<ShrinkShared*>(shared_memory());
-  if (threadIdx.x == 0) {
-    if (shared_address(&shared) % 1024 != 0) __trap();  // the swizzle follows the address
-    for (int i = 0; i < kShrinkStages; ++i) barrier_init(&shared.filled[i]);
-    barrier_init_fence();
-  }
-  __syncthreads();
+  init_stages(&shared, shared.filled);
   const int splits = prefill::num_splits(p.d_in);
   const int64_t units = static_cast<int64_t>(workspace.counts->tiles) * splits;
   uint32_t taken = 0;

@@ -9,7 +9,8 @@ STABLE_TORCH_LIBRARY(milora, m) {
       "int path=0, Tensor? rank_gates=None) -> ()");
   m.def(
       "grouped_lora_prepare(Tensor[] y, Tensor x, Tensor pool, Tensor offsets, Tensor ranks, "
-      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts) -> Tensor");
+      "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int[] experts, "
+      "int path=0) -> Tensor");
   m.def(
       "fused_lora(Tensor x, Tensor w, Tensor? bias, Tensor pool, Tensor offsets, Tensor ranks, "
       "Tensor scales, Tensor gates, Tensor route_of, Tensor adapter_of, int expert) -> Tensor");

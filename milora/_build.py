@@ -50,7 +50,7 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     library.milora_cpu_isa.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]
     library.milora_cpu_isas.restype = ctypes.c_char_p
     library.milora_grouped_lora_run.restype = ctypes.c_char_p
-    library.milora_grouped_lora_run.argtypes = [ctypes.c_void_p] * 3
+    library.milora_grouped_lora_run.argtypes = [ctypes.c_void_p] * 2
     try:
         _select_isa(library, None)
     except ValueError as error:

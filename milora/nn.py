@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _of_all  # hooks on every module
 
 from milora import ops
 from milora.dequantize import dequantized, is_repacked
@@ -226,30 +227,48 @@ class MiLoRALinear(nn.Module):
                 )
         if torch.compiler.is_compiling() or args or kwargs:
             outputs = [base_layer(x, *args, **kwargs)]
-            self._add_updates(call, x, outputs, (self,))
+            self._add_updates(call, x, outputs, (self,), again=False)
             return outputs[0]
         if call.watch is not None:
             call.watch.saw(self, x)
         siblings = self.siblings or (self,)
-        outputs = [linear._modules["base_layer"](x) for linear in siblings]
-        self._add_updates(call, x, outputs, siblings)
+        outputs = [linear._base_output(x) for linear in siblings]
+        self._add_updates(call, x, outputs, siblings, again=call.plan is None)
         if len(siblings) > 1:
             version = _version(x)
             for linear, y in zip(siblings[1:], outputs[1:], strict=True):
                 call.ready[linear] = (x, version, y)
         return outputs[0]
 
+    def _base_output(self, x: Tensor) -> Tensor:
+        """`base_layer(x)`, for a bare linear without Python's way through a module."""
+        base_layer = self._modules["base_layer"]
+        if is_bare_linear(base_layer):
+            parameters = base_layer._parameters
+            return nn.functional.linear(x, parameters["weight"], parameters["bias"])
+        return base_layer(x)
+
     def _add_updates(
-        self, call: Call, x: Tensor, outputs: list[Tensor], linears: tuple[MiLoRALinear, ...]
+        self,
+        call: Call,
+        x: Tensor,
+        outputs: list[Tensor],
+        linears: tuple[MiLoRALinear, ...],
+        again: bool,
     ) -> None:
-        """Update `outputs` of `linears`, which all read x: in one op call if they share a dtype."""
+        """Update `outputs` of `linears`, which all read x: in one op call if they share a dtype.
+
+        Args:
+            again: whether this is a decode step, which more of the same shapes will follow.
+        """
+        kept = call.state.updates
+        update = kept.get(self) if again else None
+        if update is not None and update.repeat(call, linears, x, outputs):
+            return
         self._check_rows(call, x)
-        num_tokens = x.numel() // self.d_in
-        again = call.plan is None and not torch.compiler.is_compiling()  # a decode step
-        kept = call.state.updates if again else {}
-        update = kept.get(self)
-        if update is None or not update.fits(call, linears, outputs[0].dtype, num_tokens):
-            update = kept[self] = Update(call, linears, outputs, num_tokens)
+        update = Update(call, linears, x, outputs)
+        if again:
+            kept[self] = update
         update.add(x, outputs, again)
 
     def _check_rows(self, call: Call, x: Tensor) -> None:
@@ -344,10 +363,25 @@ class MiLoRALinear(nn.Module):
         return routes * y
 
 
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether calling `module` is `nn.functional.linear` with its parameters: no subclass, no
+    forward of its own, no hook that a forward would run, no weight that is kept elsewhere."""
+    return (
+        type(module) is nn.Linear
+        and "weight" in module._parameters
+        and "bias" in module._parameters
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (_of_all._global_forward_hooks or _of_all._global_forward_pre_hooks)
+        and not (_of_all._global_backward_hooks or _of_all._global_backward_pre_hooks)
+        and "forward" not in module.__dict__
+    )
+
+
 def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
-    """Whether calling `module` on x does what `nn.functional.linear` does with its frozen weight:
-    no subclass, quantized or sharded weight, hook, autocast or compiler comes between."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
+    """Whether `module` is a bare linear whose weight is frozen and plain, so that its gradient may
+    be written by hand: neither quantized nor sharded, and no autocast or compiler in between."""
+    if not is_bare_linear(module):
         return False
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     return (
@@ -355,8 +389,6 @@ def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
         and weight.dtype == x.dtype
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )

@@ -24,23 +24,24 @@ class Update:
 
     Args:
         linears: modules of one block that read the same x.
+        x: what they read.
         outputs: what their base layers made of it.
-        num_tokens: rows of x.
     """
 
-    __slots__ = ("block", "calls", "dtype", "linears", "num_tokens", "prepared", "slot_of")
+    __slots__ = ("block", "calls", "dtype", "linears", "prepared", "shape", "slot_of")
 
     def __init__(
         self,
         call: Call,
         linears: tuple[MiLoRALinear, ...],
+        x: Tensor,
         outputs: list[Tensor],
-        num_tokens: int,
     ):
         self.linears = linears
         self.block = linears[0].block
+        self.shape = x.shape
         self.dtype = outputs[0].dtype
-        self.num_tokens = num_tokens
+        num_tokens = x.numel() // linears[0].d_in
         self.slot_of = call.slot_of  # an adapter that is new to inference gets its slot here
         active = call.state.block_active[self.block]
         if torch.compiler.is_compiling():
@@ -68,17 +69,28 @@ class Update:
             self.calls.append((dtype, indices, tables, arguments, gates))
         self.prepared: list[PreparedUpdate | None] = [None] * len(self.calls)
 
-    def fits(
-        self, call: Call, linears: tuple[MiLoRALinear, ...], dtype: torch.dtype, num_tokens: int
+    def repeat(
+        self, call: Call, linears: tuple[MiLoRALinear, ...], x: Tensor, outputs: list[Tensor]
     ) -> bool:
-        """Whether this is still the update to add: same modules, sizes, slots and tables."""
-        return (
-            self.num_tokens == num_tokens
-            and self.dtype is dtype
-            and self.slot_of is call.slot_of
-            and self.linears == linears
-            and all(call.weights.block(self.block, c[0]) is c[2] for c in self.calls)
-        )
+        """Update `outputs` as before if that is what must be added to them: same modules, shape,
+        slots and tables, and outputs of the same dtype. Returns: False, with nothing done, if not.
+        """
+        if (
+            self.shape != x.shape
+            or self.dtype is not outputs[0].dtype
+            or self.slot_of is not call.slot_of
+            or self.linears != linears
+        ):
+            return False
+        for one in self.calls:
+            if call.weights.block(self.block, one[0]) is not one[2]:
+                return False
+        # What mostly comes: one op call, ready to run, which refuses tensors of another kind.
+        run = self.prepared[0] if len(self.prepared) == 1 else None
+        if run is not None and run([outputs[k] for k in self.calls[0][1]], x):
+            return True
+        self.add(x, outputs, again=True)
+        return True
 
     def add(self, x: Tensor, outputs: list[Tensor], again: bool) -> None:
         """Update `outputs`; those that the op cannot change in place are replaced.
@@ -93,8 +105,8 @@ class Update:
             if prepared is None or not prepared(ys, x_ready):
                 rank_gates = None if gates is None else gates.of(x_ready)
                 ops.grouped_lora_(ys, x_ready, *arguments, rank_gates)
-                if again and prepared is None and gates is None and x_ready.is_cpu:
-                    self.prepared[i] = PreparedUpdate(ys, x_ready, *arguments[:-1])
+                if again and prepared is None and gates is None:
+                    self.prepared[i] = PreparedUpdate(ys, x_ready, *arguments)
             for k, y in zip(indices, ys, strict=True):
                 if y is not outputs[k]:
                     outputs[k] = y.to(outputs[k].dtype)

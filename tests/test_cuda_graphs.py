@@ -10,6 +10,7 @@ from test_prefill_wgmma import needs_wgmma
 from test_prompt_router import in_pool, router_inputs
 
 from milora import _build, ops
+from milora.prepared import PreparedUpdate
 
 CASE = Case("graph", 150, (32, 17, 64), 256, (320, 136), (0,) * 70 + (1, 2) + (-1, 2), (0, 1, 2))
 
@@ -79,6 +80,25 @@ def test_grouped_lora_replays(path, dtype):
         for y, value in zip(inputs["y"], start, strict=True):
             y.copy_(value)
         ops.grouped_lora_(**inputs, path=path)
+
+    graph = capture(call)
+    for seed in range(3):
+        change_values(inputs, seed)
+        assert_replays(graph, call, inputs["y"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_prepared_update_replays(path):
+    inputs = to_device(pool_inputs(CASE, torch.bfloat16), "cuda")
+    inputs |= {"x": inputs["x"].contiguous(), "y": [y.contiguous() for y in inputs["y"]]}
+    start = [t.clone() for t in inputs["y"]]
+    tables = [value for name, value in inputs.items() if name not in ("x", "y")]
+    prepared = PreparedUpdate(inputs["y"], inputs["x"], *tables, path)
+
+    def call():
+        for y, value in zip(inputs["y"], start, strict=True):
+            y.copy_(value)
+        assert prepared(inputs["y"], inputs["x"])
 
     graph = capture(call)
     for seed in range(3):

@@ -111,7 +111,11 @@ def trained(linear: nn.Linear) -> None:
     linear.requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, trained])
+def moved(linear: nn.Linear) -> None:
+    linear.kept = [linear._parameters.pop("weight")]
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, trained, moved])
 def test_plain_linear_modules(change):
     module, x = nn.Linear(4, 3).requires_grad_(False), torch.randn(2, 4)
     assert is_plain_linear(module, x)

@@ -1,4 +1,4 @@
-"""PreparedUpdate: grouped_lora_ on a CPU without torch's dispatcher, and decode steps with it."""
+"""PreparedUpdate: grouped_lora_ without torch's dispatcher, and decode steps with it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_cores import core_inputs
-from test_grouped_lora import CASES, Case, pool_inputs
+from test_grouped_lora import CASES, PATHS, Case, pool_inputs, to_device
 from tiny_models import build, prompts, randomize
+from torch import nn
 
 import milora
 from milora import MiLoRAConfig, ops
@@ -17,35 +18,37 @@ from milora.prepared import PreparedUpdate
 TABLES = ("pool", "offsets", "ranks", "scales", "gates", "route_of", "adapter_of", "experts")
 
 
-def contiguous(case: Case, dtype: torch.dtype) -> dict:
-    inputs = pool_inputs(case, dtype)
+def contiguous(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict:
+    inputs = to_device(pool_inputs(case, dtype), device)
     return {**inputs, "x": inputs["x"].contiguous(), "y": [y.contiguous() for y in inputs["y"]]}
 
 
-def prepare(inputs: dict) -> PreparedUpdate:
-    return PreparedUpdate(inputs["y"], inputs["x"], *(inputs[name] for name in TABLES))
+def prepare(inputs: dict, *path: int) -> PreparedUpdate:
+    return PreparedUpdate(inputs["y"], inputs["x"], *(inputs[name] for name in TABLES), *path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits_as_the_op(case, dtype):
-    inputs = contiguous(case, dtype)
-    prepared = prepare(inputs)
-    for _ in range(2):  # other values of the same shapes
+def check_bits(inputs: dict, path: int = ops.DECODE) -> None:
+    """Prepared once, run twice, on other values of the same shapes: the op's bits."""
+    prepared = prepare(inputs, path)
+    for _ in range(2):
         x, y = torch.randn_like(inputs["x"]), [torch.randn_like(t) for t in inputs["y"]]
         want = [t.clone() for t in y]
-        ops.grouped_lora_(**{**inputs, "x": x, "y": want})
+        ops.grouped_lora_(**{**inputs, "x": x, "y": want}, path=path)
         assert prepared(y, x)
         assert all(torch.equal(a, b) for a, b in zip(y, want, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_the_op(case, path, dtype, device):
+    check_bits(contiguous(case, dtype, device), path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_as_the_op_with_cores(dtype):
-    inputs = core_inputs(Case("cores", 9, (5, 64), 40, (50, 30), (0, 1), (0, 1)), dtype, every=3)
-    want = [t.clone() for t in inputs["y"]]
-    ops.grouped_lora_(**{**inputs, "y": want})
-    assert prepare(inputs)(inputs["y"], inputs["x"])
-    assert all(torch.equal(a, b) for a, b in zip(inputs["y"], want, strict=True))
+def test_same_bits_as_the_op_with_cores(dtype, device):
+    case = Case("cores", 9, (5, 64), 40, (50, 30), (0, 1), (0, 1))
+    check_bits(to_device(core_inputs(case, dtype, every=3), device))
 
 
 def test_reads_tables_that_change_in_place():
@@ -79,10 +82,20 @@ def test_other_tensors_are_left_to_the_op(change):
     assert all(torch.equal(a, b) for a, b in zip(y, before, strict=True))
 
 
-def test_wrong_tables_are_refused():
+def test_wrong_arguments_are_refused():
     inputs = contiguous(CASES[2], torch.float32)
     with pytest.raises(RuntimeError, match="grouped_lora_prepare: scales must be Float"):
         prepare({**inputs, "scales": inputs["scales"].double()})
+    with pytest.raises(RuntimeError, match=r"grouped_lora_prepare: path must be 0 .* got 3"):
+        prepare(inputs, 3)
+
+
+@pytest.mark.cuda
+def test_tensors_of_another_device_are_left_to_the_op():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    inputs = contiguous(CASES[2], torch.float32)
+    assert not prepare(inputs)([y.cuda() for y in inputs["y"]], inputs["x"].cuda())
 
 
 def test_many_threads():
@@ -136,3 +149,81 @@ def test_decode_steps_use_it(monkeypatch):
     assert calls["prepared"] == 0
     assert torch.equal(got.sequences, want.sequences)
     assert all(map(torch.equal, got.logits, want.logits))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(linear: nn.Module) -> object:
+    return linear.register_forward_hook(lambda module, args, y: 2 * y).remove
+
+
+def hooked_in_front(linear: nn.Module) -> object:
+    return linear.register_forward_pre_hook(lambda module, args: (2 * args[0],)).remove
+
+
+def hooked_with_all(linear: nn.Module) -> object:
+    return nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: 2 * y if module is linear else None
+    ).remove
+
+
+def own_forward(linear: nn.Module) -> object:
+    linear.forward = lambda x: 2 * type(linear).forward(linear, x)
+    return lambda: delattr(linear, "forward")
+
+
+def subclassed(linear: nn.Module) -> object:
+    linear.__class__ = Doubled
+    return lambda: setattr(linear, "__class__", nn.Linear)
+
+
+def other_weight(linear: nn.Module) -> object:
+    weight = linear.weight
+    linear.weight = nn.Parameter(2 * weight, requires_grad=False)
+    return lambda: setattr(linear, "weight", weight)
+
+
+def weight_kept_elsewhere(linear: nn.Module) -> object:
+    weight = linear._parameters.pop("weight")
+    linear.weight = 2 * weight  # as FSDP leaves it while it has gathered the parameters
+
+    def undo():
+        del linear.weight
+        linear.weight = weight
+
+    return undo
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, hooked_in_front, hooked_with_all, own_forward, subclassed, other_weight,
+     weight_kept_elsewhere],
+)  # fmt: skip
+def test_a_decode_step_sees_what_becomes_of_a_base_layer(change):
+    """Between two steps of a generation the base's k gives twice as much: the update stays."""
+    model = build("llama")
+    milora.attach(model, MiLoRAConfig(rank=4, top_k=7))
+    randomize(model).eval()
+    k_proj = model.model.layers[0].self_attn.k_proj
+    with torch.no_grad():
+        cache = model(prompts(2, 7), use_cache=True).past_key_values
+        seen = []
+        k_proj.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+
+        def step() -> tuple[torch.Tensor, torch.Tensor]:
+            model(torch.full((2, 1), 5), past_key_values=cache, use_cache=True)
+            x, y = seen[-1]
+            base = nn.functional.linear(x, k_proj.base_layer.weight)
+            return base, y
+
+        step()
+        base, before = step()
+        undo = change(k_proj.base_layer)
+        _, changed = step()
+        undo()
+        _, after = step()
+    torch.testing.assert_close(changed, before + base)
+    assert torch.equal(after, before) and not torch.equal(changed, before)

@@ -110,7 +110,8 @@ def test_a_decode_step_adds_four_calls_a_block_and_allocates_nothing(
 
     bare = ops_of_a_step(cache_of(None))
     routed = ops_of_a_step(cache_of("default"))
-    assert len(calls) == 4 * NUM_BLOCKS and all(calls) == prepared
+    tries = 1 if prepared else 2  # as the tensors are, then made contiguous
+    assert len(calls) == tries * 4 * NUM_BLOCKS and all(calls) == prepared
     routed.subtract(bare)
     changed = {name: count for name, count in routed.items() if count}
     assert changed == ({} if prepared else {"milora::grouped_lora_": 4 * NUM_BLOCKS})

@@ -39,7 +39,7 @@ void run_fused_cuda(const Tensor& x, FusedLoraParams p) {
   check_rows_on_16(kOp, "x", p.lora.x, p.lora.num_tokens, &p.lora.x_stride);
   check_rows_on_16(kOp, "w", p.w, p.lora.d_out[0], &p.w_stride);
   Tensor workspace = torch::stable::new_empty(x, {fused_lora_workspace(p)}, ScalarType::Byte);
-  run_cuda(kOp, x,
+  run_cuda(kOp, x.get_device_index(),
            [&](void* stream) { return fused_lora_cuda(p, workspace.mutable_data_ptr(), stream); });
 }
 

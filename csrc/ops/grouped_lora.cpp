@@ -288,7 +288,7 @@ void run_grouped_lora(const char* op, const Tensor& y, const Tensor& x, const Te
   if (x.is_cuda()) {
     const int64_t bytes = grouped_lora_cuda_scratch(p);
     Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-    run_cuda(op, x, [&](void* stream) {
+    run_cuda(op, x.get_device_index(), [&](void* stream) {
       return grouped_lora_cuda(p, scratch.mutable_data_ptr(), stream);
     });
   } else {
@@ -369,7 +369,7 @@ void grouped_lora_backward(const Tensor& dy, const Tensor& x, const Tensors& a, 
   if (x.is_cuda()) {
     const int64_t bytes = grouped_lora_backward_cuda_scratch(p);
     Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-    run_cuda(kOp, x, [&](void* stream) {
+    run_cuda(kOp, x.get_device_index(), [&](void* stream) {
       return grouped_lora_backward_cuda(p, scratch.mutable_data_ptr(), stream);
     });
   } else {

@@ -54,22 +54,34 @@ void run_cpu(const GroupedLoraPoolParams& params) {
   run_on_threads(threads, [&work, shared = &tasks] { shared->run(work); });
 }
 
-void check_wgmma_path(const Tensor& x, GroupedLoraPoolParams* p) {
-  check_wgmma(kOp, x, "take path 1 (prefill)");
+// What a call's addresses must keep to; the GPU and the dtype are checked once (check_path).
+void check_wgmma_rows(GroupedLoraPoolParams* p) {
   check_rows_on_16(kOp, "x", p->x, p->num_tokens, &p->x_stride);
   for (int64_t s = 0; s < p->num_slices; ++s) {
     check_rows_on_16(kOp, "y", p->y[s], p->num_tokens, &p->y_stride[s]);
   }
 }
 
-// On the current device and stream. The workspace goes back to torch's allocator at once: what
-// takes it next is queued on the same stream.
-int launch_cuda(GroupedLoraPoolParams p, int64_t path, const Tensor& x, void* stream) {
-  if (path == kPrefillWgmmaPath) check_wgmma_path(x, &p);
+void check_path(const char* op, const Tensor& x, int64_t path) {
+  check(path >= kDecodePath && path <= kPrefillWgmmaPath, op,
+        "path must be 0 (decode), 1 (prefill) or 2 (prefill by wgmma), got ", path);
+  if (path == kPrefillWgmmaPath && x.is_cuda()) check_wgmma(op, x, "take path 1 (prefill)");
+}
+
+// On the current device, which is this one, and stream. The workspace goes back to torch's
+// allocator at once: what takes it next is queued on the same stream.
+int launch_cuda(GroupedLoraPoolParams p, int64_t path, int32_t device, void* stream) {
+  if (path == kPrefillWgmmaPath) check_wgmma_rows(&p);
   const int64_t bytes =
       path == kDecodePath ? grouped_lora_decode_workspace(p) : grouped_lora_prefill_workspace(p);
-  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  void* memory = workspace.mutable_data_ptr();
+  std::optional<Tensor> workspace;
+  void* memory = nullptr;
+  if (bytes > 0) {
+    using torch::headeronly::DeviceType;
+    workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
+                                     torch::stable::Device(DeviceType::CUDA, device));
+    memory = workspace->mutable_data_ptr();
+  }
   switch (path) {
     case kDecodePath:
       return grouped_lora_decode_cuda(p, memory, stream);
@@ -79,6 +91,27 @@ int launch_cuda(GroupedLoraPoolParams p, int64_t path, const Tensor& x, void* st
       return grouped_lora_prefill_wgmma_cuda(p, memory, stream);
   }
 }
+
+constexpr int32_t kCpu = -1;
+
+// `device`: a GPU's index, or kCpu, where the path does not matter.
+void run(const GroupedLoraPoolParams& p, int64_t path, int32_t device) {
+  if (p.num_tokens == 0 || p.num_adapters == 0) return;
+  if (device == kCpu) {
+    run_cpu(p);
+  } else {
+    run_cuda(kOp, device, [&](void* stream) { return launch_cuda(p, path, device, stream); });
+  }
+}
+
+int32_t device_index(const Tensor& x) { return x.is_cuda() ? x.get_device_index() : kCpu; }
+
+// What grouped_lora_prepare leaves for milora_grouped_lora_run.
+struct Prepared {
+  GroupedLoraPoolParams params;
+  int64_t path;
+  int32_t device;
+};
 
 void set_rank_gates(const Tensor& rank_gates, const Tensor& x, GroupedLoraPoolParams* p) {
   check_dtype(kOp, "rank_gates", rank_gates, ScalarType::Float);
@@ -101,43 +134,38 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
                        const std::optional<Tensor>& rank_gates) {
   GroupedLoraPoolParams p =
       pool_params(kOp, y, x, pool, offsets, ranks, scales, gates, route_of, adapter_of, experts);
-  check(path >= kDecodePath && path <= kPrefillWgmmaPath, kOp,
-        "path must be 0 (decode), 1 (prefill) or 2 (prefill by wgmma), got ", path);
+  check_path(kOp, x, path);
   if (rank_gates.has_value()) set_rank_gates(*rank_gates, x, &p);
-  if (p.num_tokens == 0 || p.num_adapters == 0) return;
-  if (x.is_cuda()) {
-    run_cuda(kOp, x, [&](void* stream) { return launch_cuda(p, path, x, stream); });
-  } else {
-    run_cpu(p);
-  }
+  run(p, path, device_index(x));
 }
 
 Tensor grouped_lora_prepare(const Tensors& y, const Tensor& x, const Tensor& pool,
                             const Tensor& offsets, const Tensor& ranks, const Tensor& scales,
                             const Tensor& gates, const Tensor& route_of, const Tensor& adapter_of,
-                            const std::vector<int64_t>& experts) {
+                            const std::vector<int64_t>& experts, int64_t path) {
   constexpr const char* kPrepare = "grouped_lora_prepare";
-  check(!x.is_cuda(), kPrepare, "x must be on the CPU, got a CUDA tensor");
-  const GroupedLoraPoolParams p = pool_params(kPrepare, y, x, pool, offsets, ranks, scales, gates,
-                                              route_of, adapter_of, experts);
-  Tensor out = torch::stable::new_empty(x, {static_cast<int64_t>(sizeof p)}, ScalarType::Byte);
-  std::memcpy(out.mutable_data_ptr(), &p, sizeof p);
+  check_path(kPrepare, x, path);
+  const Prepared prepared{pool_params(kPrepare, y, x, pool, offsets, ranks, scales, gates, route_of,
+                                      adapter_of, experts),
+                          path, device_index(x)};
+  Tensor out = torch::stable::empty({static_cast<int64_t>(sizeof prepared)}, ScalarType::Byte);
+  std::memcpy(out.mutable_data_ptr(), &prepared, sizeof prepared);
   return out;
 }
 
 }  // namespace milora
 
-// Runs what grouped_lora_prepare has checked, on other tensors of the same shapes. Python calls it
-// with ctypes (milora/prepared.py). Returns null, or the error, which lives until the next one.
-MILORA_EXPORT const char* milora_grouped_lora_run(const void* prepared, const void* x,
-                                                  void* const* y) {
+// Runs what grouped_lora_prepare has checked, on other tensors of the same shapes and device, on
+// torch's current stream. `tensors`: the addresses of x and of each y. Python calls it with ctypes
+// (milora/prepared.py). Returns null, or the error, which lives until the next one.
+MILORA_EXPORT const char* milora_grouped_lora_run(const void* prepared, void* const* tensors) {
   static thread_local std::string message;
   try {
-    milora::GroupedLoraPoolParams p;
-    std::memcpy(&p, prepared, sizeof p);
-    p.x = x;
-    std::copy(y, y + p.num_slices, p.y);
-    if (p.num_tokens > 0 && p.num_adapters > 0) milora::run_cpu(p);
+    milora::Prepared call;
+    std::memcpy(&call, prepared, sizeof call);
+    call.params.x = tensors[0];
+    std::copy_n(tensors + 1, call.params.num_slices, call.params.y);
+    milora::run(call.params, call.path, call.device);
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();

@@ -17,11 +17,11 @@ void grouped_lora_pool(const Tensors& y, const Tensor& x, const Tensor& pool, co
                        const std::vector<int64_t>& experts, int64_t path,
                        const std::optional<Tensor>& rank_gates = std::nullopt);
 
-// [bytes of the checked Params] uint8, for milora_grouped_lora_run; CPU only.
+// [bytes of what was checked] uint8 on the CPU, for milora_grouped_lora_run.
 Tensor grouped_lora_prepare(const Tensors& y, const Tensor& x, const Tensor& pool,
                             const Tensor& offsets, const Tensor& ranks, const Tensor& scales,
                             const Tensor& gates, const Tensor& route_of, const Tensor& adapter_of,
-                            const std::vector<int64_t>& experts);
+                            const std::vector<int64_t>& experts, int64_t path);
 
 Tensor fused_lora(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                   const Tensor& pool, const Tensor& offsets, const Tensor& ranks,

@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const char* op, const Tensor& h, PromptRo
   p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   if (h.is_cuda()) {
     Tensor scratch = torch::stable::new_empty(h, {prompt_router_cuda_scratch(p)}, ScalarType::Byte);
-    run_cuda(op, h, [&](void* stream) {
+    run_cuda(op, h.get_device_index(), [&](void* stream) {
       return prompt_router_cuda(p, scratch.mutable_data_ptr(), stream);
     });
   } else {
@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_router_backward(
     if (h.is_cuda()) {
       Tensor scratch =
           torch::stable::new_empty(h, {prompt_router_backward_cuda_scratch(f)}, ScalarType::Byte);
-      run_cuda(kOp, h, [&](void* stream) {
+      run_cuda(kOp, h.get_device_index(), [&](void* stream) {
         return prompt_router_backward_cuda(p, scratch.mutable_data_ptr(), stream);
       });
     } else {

@@ -17,6 +17,8 @@ from milora.router import keeps_unused_edges
 from milora.routing import Call
 from milora.updates import Update
 
+_linear_forward = nn.Linear.forward
+
 
 class Weight(nn.Module):
     """One named tensor, so that its key reads `lora_A.<adapter>.weight` as PEFT's does."""
@@ -364,8 +366,8 @@ class MiLoRALinear(nn.Module):
 
 
 def is_bare_linear(module: nn.Module) -> bool:
-    """Whether calling `module` is `nn.functional.linear` with its parameters: no subclass, no
-    forward of its own, no hook that a forward would run, no weight that is kept elsewhere."""
+    """Whether calling `module` is `nn.functional.linear` with its parameters: no subclass, no other
+    forward, no hook that a forward would run, no weight that is kept elsewhere."""
     return (
         type(module) is nn.Linear
         and "weight" in module._parameters
@@ -375,13 +377,14 @@ def is_bare_linear(module: nn.Module) -> bool:
         and not (_of_all._global_forward_hooks or _of_all._global_forward_pre_hooks)
         and not (_of_all._global_backward_hooks or _of_all._global_backward_pre_hooks)
         and "forward" not in module.__dict__
+        and nn.Linear.forward is _linear_forward
     )
 
 
 def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether `module` is a bare linear whose weight is frozen and plain, so that its gradient may
     be written by hand: neither quantized nor sharded, and no autocast or compiler in between."""
-    if not is_bare_linear(module):
+    if torch.compiler.is_compiling() or not is_bare_linear(module):
         return False
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     return (
@@ -390,7 +393,6 @@ def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -175,6 +175,16 @@ def own_forward(linear: nn.Module) -> object:
     return lambda: delattr(linear, "forward")
 
 
+def forward_of_all(linear: nn.Module) -> object:
+    forward = nn.Linear.forward
+
+    def patched(self, x):
+        return forward(self, x) * (2 if self is linear else 1)
+
+    nn.Linear.forward = patched
+    return lambda: setattr(nn.Linear, "forward", forward)
+
+
 def subclassed(linear: nn.Module) -> object:
     linear.__class__ = Doubled
     return lambda: setattr(linear, "__class__", nn.Linear)
@@ -199,8 +209,8 @@ def weight_kept_elsewhere(linear: nn.Module) -> object:
 
 @pytest.mark.parametrize(
     "change",
-    [hooked, hooked_in_front, hooked_with_all, own_forward, subclassed, other_weight,
-     weight_kept_elsewhere],
+    [hooked, hooked_in_front, hooked_with_all, own_forward, forward_of_all, subclassed,
+     other_weight, weight_kept_elsewhere],
 )  # fmt: skip
 def test_a_decode_step_sees_what_becomes_of_a_base_layer(change):
     """Between two steps of a generation the base's k gives twice as much: the update stays."""

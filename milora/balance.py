@@ -121,6 +121,7 @@ def add_balance_loss(runtime: Runtime, call: Call, output: Any) -> Any:
     if not call.fresh or not (is_wanted or collected is not None):
         return None
     weights = _weights(runtime, call)
+    device = call.state.row_of.device  # the blocks may stand on several
     loss = None
     for name in call.adapters:
         config = runtime.configs[name]
@@ -129,7 +130,7 @@ def add_balance_loss(runtime: Runtime, call: Call, output: Any) -> Any:
         rows = [row for row, of_row in enumerate(call.state.adapters) if of_row == name]
         take = slice(None) if len(rows) == call.state.num_prompts else rows
         probabilities = [
-            p[take][:, columns] if len(columns) < p.shape[1] else p[take]
+            (p[take][:, columns] if len(columns) < p.shape[1] else p[take]).to(device)
             for p, columns in zip(
                 call.state.block_probabilities, runtime.columns[name], strict=True
             )

@@ -38,10 +38,11 @@ def route_block(runtime: Runtime, call: Call, index: int, args: tuple, kwargs: d
     else:
         modules = getattr(block.module, ROUTER_NAME)
         router_of = _lookup([routed.index(n) if n in routed else -1 for n in call.adapters], call)
+        h = h.to(modules[routed[0]].w_r.device)  # the block before may stand on another GPU
         probabilities, gates, pooled = route(
             [modules[name] for name in routed],
             h,
-            spans,
+            spans.to(h.device),
             router_of.to(h.device),
             train_theta=runtime.train_theta,
         )

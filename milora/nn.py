@@ -333,15 +333,15 @@ class MiLoRALinear(nn.Module):
             # Gates of adapters without an expert here: their columns are zero, so any index serves.
             index = {name: i for i, name in enumerate(names)}
             table = [index.get(name, -1) for name in call.adapters] + [-1]
-            table = torch.tensor(table, dtype=torch.int32, device=rows.device)
+            table = torch.tensor(table, dtype=torch.int32, device=adapter_of.device)
             adapter_of = table[adapter_of.long()]
         return (
             [e.a.to(rows.dtype) for e in experts],
             [e.b.to(rows.dtype) for e in experts],
             [e.scale for e in experts],
-            call.state.block_gates[self.block][:, self.column].contiguous(),
-            call.route_of(rows.shape[0]),
-            adapter_of,
+            call.state.block_gates[self.block][:, self.column].contiguous().to(rows.device),
+            call.route_of(rows.shape[0]).to(rows.device),
+            adapter_of.to(rows.device),
         )
 
     def _output_vectors(

@@ -35,7 +35,8 @@ class Packs:
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
         self.names: list[str] = []
-        self._blocks: dict[tuple[int, torch.dtype], tuple[tuple, BlockTables]] = {}
+        # Of a block and dtype: the weights' versions, the pack, and the GPU streams that read it.
+        self._blocks: dict[tuple[int, torch.dtype], tuple[tuple, BlockTables, set[int]]] = {}
 
     def slots(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """The slots of these adapters; a name that is new to inference gets the next one."""
@@ -56,12 +57,15 @@ class Packs:
             built = self._build(index, dtype, names)
             with _CHANGES:
                 if len(self.names) == len(names):  # else it lacks an adapter of another thread's
-                    entry = self._blocks[index, dtype] = built
-        return entry[1]
+                    entry = self._blocks[index, dtype] = (*built, set())
+        _, tables, streams = entry
+        if tables.pool.is_cuda and not torch.compiler.is_compiling():
+            _note_stream(tables, streams)
+        return tables
 
     def drop_stale(self) -> None:
         """Forget packs of weights that have changed; asked for at the start of a prefill."""
-        for key, (versions, _) in list(self._blocks.items()):
+        for key, (versions, *_) in list(self._blocks.items()):
             if versions != self._versions(key[0], self.names):
                 self._blocks.pop(key, None)
 
@@ -104,3 +108,13 @@ class Packs:
         pool = torch.cat(runs) if runs else torch.empty(0, dtype=torch.uint8, device=device)
         tables = (table.to(device) for table in (offsets, ranks, scales))
         return versions, BlockTables(pool, *tables)
+
+
+def _note_stream(tables: BlockTables, streams: set[int]) -> None:
+    """Tell torch's allocator that the current stream reads a pack: else the memory of one that is
+    forgotten would go to the stream that made it, while kernels of other threads still read it."""
+    stream = torch._C._cuda_getCurrentRawStream(tables.pool.get_device())  # asked at each call
+    if stream not in streams:
+        streams.add(stream)
+        for tensor in (tables.pool, tables.offsets, tables.ranks, tables.scales):
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -44,7 +44,9 @@ class RankGates:
                 self.width = max(self.width, get_kind(linear.kinds[name]).served_rank(spec))
                 if is_rank_gated(linear, name):
                     # Rows of the bare model need no mask: the op leaves them alone.
-                    mask = None if len(call.adapters) == 1 else (of_token == index)[:, None]
+                    mask = None
+                    if len(call.adapters) > 1:
+                        mask = (of_token == index).to(linear.device)[:, None]
                     self.parts.append((s, linear, name, mask))
 
     @classmethod
@@ -85,10 +87,10 @@ def add_gated_update(call: Call, linear: MiLoRALinear, name: str, y: Tensor, x: 
     is_first = linear.training and place not in call.drawn  # and no recomputation
     values = linear.values(name, call)
     weights = kind.materialise(values, {}, linear.specs[name])
-    gates = call.state.block_gates[linear.block][:, linear.column]
-    route_of = call.route_of(y.shape[0]).clamp(min=0).long()
+    gates = call.state.block_gates[linear.block][:, linear.column].to(y.device)
+    route_of = call.route_of(y.shape[0]).to(y.device).clamp(min=0).long()
     gate_of = gates[route_of]
-    is_here = _adapter_of_tokens(call, y.shape[0]) == call.adapters.index(name)
+    is_here = _adapter_of_tokens(call, y.shape[0]).to(y.device) == call.adapters.index(name)
     rows = (is_here & (gate_of != 0)).nonzero()[:, 0]
     x = x[rows]
     ranks = _gates(linear, name, x, values)

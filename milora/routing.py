@@ -303,9 +303,10 @@ class RoutingState:
 
     def _padded(self, tensors: list[Tensor | None]) -> Tensor:
         width = max(map(len, self.names), default=0)
+        device = self.row_of.device  # the blocks may stand on several
         return torch.stack(
             [
-                torch.nn.functional.pad(t.detach().float(), (0, width - t.shape[-1]))
+                torch.nn.functional.pad(t.detach().float(), (0, width - t.shape[-1])).to(device)
                 for t in self._filled(tensors)
             ]
         )

@@ -42,6 +42,7 @@ class Update:
         self.shape = x.shape
         self.dtype = outputs[0].dtype
         num_tokens = x.numel() // linears[0].d_in
+        device = x.device  # the batch's own tensors may lie on another GPU than this block
         self.slot_of = call.slot_of  # an adapter that is new to inference gets its slot here
         active = call.state.block_active[self.block]
         if torch.compiler.is_compiling():
@@ -59,9 +60,9 @@ class Update:
                 tables.offsets,
                 tables.ranks,
                 tables.scales,
-                call.state.block_gates[self.block],
-                call.route_of(num_tokens),
-                self.slot_of,
+                call.state.block_gates[self.block].to(device),
+                call.route_of(num_tokens).to(device),
+                self.slot_of.to(device),
                 [linears[i].column for i in indices],
                 call.path_of(num_tokens),
             )

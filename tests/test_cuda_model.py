@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_routing import LENGTHS, NUM_BLOCKS, VOCAB, make_model, pad
 
 import milora
 from milora import _build
+from milora.runtime import runtime_of
 
 pytestmark = pytest.mark.cuda
 
@@ -56,6 +58,51 @@ def test_generation_and_routes_equal_the_cpus(models, batch, options):
 def test_compiled_generation_equals_the_cpus(models, batch):
     cpu, gpu = models
     assert torch.equal(generate(gpu, batch, **STATIC), generate(cpu, batch, **STATIC))
+
+
+def test_a_forgotten_pack_outlives_the_streams_that_read_it(models):
+    """Another thread's kernels may still read it when its memory would be given away."""
+    packs = runtime_of(models[1]).packs
+    packs.slots(("default",))
+    address = packs.block(0, torch.float32).pool.data_ptr()
+    size = packs.block(0, torch.float32).pool.numel()
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        packs.block(0, torch.float32)
+        torch.cuda._sleep(2_000_000_000)  # about a second
+    packs._blocks.clear()
+    taken = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(8)]
+    assert not other.query()  # it still sleeps
+    assert all(t.data_ptr() != address for t in taken)
+    other.synchronize()
+
+
+def test_blocks_on_two_devices(models, batch):
+    """As accelerate spreads a model over GPUs: the first block here is on the CPU."""
+    cpu, _ = models
+    spread = copy.deepcopy(cpu)
+
+    def follow(module, args, kwargs):
+        move = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, torch.Tensor.cuda)
+        return move(args), move(kwargs)
+
+    for module in (spread.model.layers[-1], spread.model.norm, spread.lm_head):
+        # In front of milora's own hooks, as accelerate's are where a model is spread before.
+        module.cuda().register_forward_pre_hook(follow, with_kwargs=True, prepend=True)
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    with torch.no_grad(), milora.record_routing(spread) as routes:
+        got = spread(**batch, use_cache=True)
+        want = cpu(**batch, use_cache=True)
+        assert torch.isfinite(routes[0].gates).all()
+        token = torch.full((len(LENGTHS), 1), 5)
+        got_step = spread(input_ids=token, past_key_values=got.past_key_values, use_cache=True)
+        want_step = cpu(input_ids=token, past_key_values=want.past_key_values, use_cache=True)
+    for a, b in ((got, want), (got_step, want_step)):
+        torch.testing.assert_close(a.logits.cpu(), b.logits, rtol=1e-3, atol=1e-4)
+    spread.train()
+    spread(**batch, labels=labels, use_cache=False).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in spread.parameters() if p.grad is not None)
 
 
 def test_gradients_equal_the_cpus(models, batch):

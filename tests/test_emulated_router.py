@@ -8,7 +8,15 @@ from ctypes import c_int32, c_int64, c_void_p
 import pytest
 import torch
 from cuda_emulation import DTYPE_CODES, library
-from test_prompt_router import ALL_CODES, DTYPES, SPANS, in_pool, router_inputs, run
+from test_prompt_router import (
+    ALL_CODES,
+    DTYPES,
+    NUM_EXPERTS,
+    SPANS,
+    in_pool,
+    router_inputs,
+    run,
+)
 from tolerance import assert_as_good_as_torch
 
 from milora import reference
@@ -99,9 +107,9 @@ class Router:
         return Function.apply(*(inputs[name] for name in names))
 
 
-def aligned_router_inputs(dtype: torch.dtype, d: int, **options) -> dict:
+def aligned_router_inputs(*args, **options) -> dict:
     """Rows of whole vectors on 16 bytes, which the fast kernel asks for."""
-    inputs = router_inputs(dtype, d, **options)
+    inputs = router_inputs(*args, **options)
     return {**inputs, "h": inputs["h"].contiguous()}
 
 
@@ -128,6 +136,30 @@ def test_router_widths(d):
     codes = [(0, 0, 1, 1, 3, 7), (2, 1, 0, 0, 2, 5)]
     spans = [(0, 19), (19, 20), (20, 28)]
     check_router(aligned_router_inputs(torch.bfloat16, d, spans=spans, codes=codes, num_tokens=30))
+
+
+@pytest.mark.parametrize("num_tokens", [31, 32, 33, 34])
+@pytest.mark.parametrize("num_prompts", [1, 2, 3])
+def test_router_counts(num_prompts, num_tokens):
+    """The workspace is the launcher's: vectors in it lie on their own size for any counts."""
+    spans = [(i * 10, i * 10 + 10) for i in range(num_prompts - 1)]
+    spans.append((10 * len(spans), num_tokens))
+    check_router(aligned_router_inputs(torch.bfloat16, 64, spans=spans, num_tokens=num_tokens))
+
+
+def test_router_spans_that_overlap():
+    """Against the contract, so no prompt but the first gets its own; nothing outside is read."""
+    codes = [(0, 0, 0, 0, 3, NUM_EXPERTS)]
+    inputs = aligned_router_inputs(torch.float32, 64, [(0, 64)], codes, num_tokens=64)
+    inputs = {
+        **inputs,
+        "spans": inputs["spans"].repeat(4, 1),
+        "router_of": inputs["router_of"].repeat(4),
+    }
+    want = reference.prompt_router(**inputs)
+    got = run(Router(), inputs)
+    assert all(t.isfinite().all() for t in got)
+    torch.testing.assert_close(got[0][0], want[0][0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -104,6 +104,23 @@ def test_rows_of_whole_vectors(d, dtype, device):
     check({**inputs, "h": inputs["h"].contiguous()}, device)
 
 
+@pytest.mark.parametrize("num_tokens", [31, 32, 33, 34])
+@pytest.mark.parametrize("num_prompts", [1, 2, 3])
+def test_counts_of_prompts_and_tokens(num_prompts, num_tokens, device):
+    """Whatever these are, all that CUDA keeps between two launches must lie on whole vectors."""
+    spans = [(i * 10, i * 10 + 10) for i in range(num_prompts - 1)]
+    spans.append((10 * len(spans), num_tokens))
+    inputs = router_inputs(torch.bfloat16, 64, spans, ALL_CODES[:4], num_tokens)
+    check({**inputs, "h": inputs["h"].contiguous()}, device)
+
+
+def test_no_routers(device):
+    inputs = router_inputs(codes=[(0, 0, 0, 0, 1, NUM_EXPERTS)])
+    inputs["router_of"].fill_(-1)
+    inputs = {name: t[:0] if len(t) == 1 else t for name, t in inputs.items()}
+    assert not any(t.any() for t in run(ops.prompt_router, inputs, device=device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_each_isa(dtype, isa):
     check(router_inputs(dtype, d=100))

@@ -13,8 +13,6 @@ void start(int order, const PromptRouterParams& p) {
                           {p.pool, p.pool_bytes}});
 }
 
-std::vector<float> floats(int64_t size) { return std::vector<float>(size, NAN); }
-
 unsigned column_blocks(const PromptRouterParams& p) {
   return static_cast<unsigned>((p.d + kRouterThreads - 1) / kRouterThreads);
 }
@@ -58,10 +56,9 @@ MILORA_EXPORT int64_t params_bytes() { return sizeof(milora::PromptRouterParams)
 MILORA_EXPORT void router_forward(const milora::PromptRouterParams* params, int order) {
   using namespace milora;
   const PromptRouterParams& p = *params;
-  const int64_t chunks = max_chunks(p);
-  auto vectors = floats(chunks * p.d), maxima = floats(chunks), sums = floats(chunks);
-  std::vector<int32_t> arrived(p.num_prompts, 12345);
-  const RouterPartials partials{vectors.data(), maxima.data(), sums.data(), arrived.data()};
+  RouterPartials partials;
+  emulator::Memory memory(lay_out(p, nullptr, &partials));
+  lay_out(p, memory.data(), &partials);
   start(order, p);
   dispatch_device_type(
       p.dtype, [&](auto* type) { pool<std::remove_pointer_t<decltype(type)>>(p, partials); });
@@ -72,15 +69,9 @@ MILORA_EXPORT void router_forward(const milora::PromptRouterParams* params, int 
 MILORA_EXPORT void router_backward(const milora::PromptRouterBackwardParams* params, int order) {
   using namespace milora;
   const PromptRouterParams& p = params->forward;
-  const int64_t rows = p.num_prompts * p.d;
-  auto dvector = floats(rows), activated = floats(rows);
-  auto dlogits = floats(p.num_prompts * p.num_experts), dcoef = floats(p.num_prompts * kNumCoefs);
-  auto scores = floats(p.num_tokens), dots = floats(p.num_tokens);
-  auto dw_sa = floats(max_chunks(p) * p.d);
-  std::vector<int32_t> argmax(rows, -7);
-  const RouterBackwardScratch scratch{dvector.data(), activated.data(), dlogits.data(),
-                                      dcoef.data(),   scores.data(),    dots.data(),
-                                      dw_sa.data(),   argmax.data()};
+  RouterBackwardScratch scratch;
+  emulator::Memory memory(lay_out(p, nullptr, &scratch));
+  lay_out(p, memory.data(), &scratch);
   start(order, p);
   dispatch_device_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

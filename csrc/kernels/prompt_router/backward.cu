@@ -4,25 +4,16 @@
 namespace milora {
 
 int64_t prompt_router_backward_cuda_scratch(const PromptRouterParams& p) {
-  const int64_t floats = p.num_prompts * (2 * p.d + p.num_experts + kNumCoefs) + 2 * p.num_tokens +
-                         max_chunks(p) * p.d;
-  return floats * static_cast<int64_t>(sizeof(float)) +
-         p.num_prompts * p.d * static_cast<int64_t>(sizeof(int32_t));
+  RouterBackwardScratch scratch;
+  return lay_out(p, nullptr, &scratch);
 }
 
 int prompt_router_backward_cuda(const PromptRouterBackwardParams& params, void* memory,
                                 void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const PromptRouterParams& p = params.forward;
-  RouterBackwardScratch scratch{};
-  scratch.dvector = static_cast<float*>(memory);
-  scratch.activated = scratch.dvector + p.num_prompts * p.d;
-  scratch.dlogits = scratch.activated + p.num_prompts * p.d;
-  scratch.dcoef = scratch.dlogits + p.num_prompts * p.num_experts;
-  scratch.scores = scratch.dcoef + p.num_prompts * kNumCoefs;
-  scratch.dots = scratch.scores + p.num_tokens;
-  scratch.dw_sa = scratch.dots + p.num_tokens;
-  scratch.argmax = reinterpret_cast<int32_t*>(scratch.dw_sa + max_chunks(p) * p.d);
+  RouterBackwardScratch scratch;
+  lay_out(p, memory, &scratch);
   const auto prompts = static_cast<unsigned>(p.num_prompts);
   const auto chunks = static_cast<unsigned>(max_chunks(p));
   // At least one block of columns: dcoef has 12 even where d is smaller.
@@ -37,7 +28,9 @@ int prompt_router_backward_cuda(const PromptRouterBackwardParams& params, void* 
     dots<<<chunks, kRouterThreads, 0, stream>>>(p, scratch);
     router_weights_kernel<<<prompts, kRouterThreads, 0, stream>>>(p, scratch);
     scatter<<<chunks, kRouterThreads, 0, stream>>>(params, scratch);
-    router_combine_kernel<<<combine_grid, kRouterThreads, 0, stream>>>(params, scratch);
+    if (p.num_routers > 0) {
+      router_combine_kernel<<<combine_grid, kRouterThreads, 0, stream>>>(params, scratch);
+    }
   });
 }
 

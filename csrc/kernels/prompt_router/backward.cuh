@@ -25,6 +25,19 @@ struct RouterBackwardScratch {
   float* dw_sa;      // [max_chunks, d]
   int32_t* argmax;   // [num_prompts, d] token of the first maximum
 };
+// Cuts `memory` (null to measure) into the scratch; returns its bytes.
+inline int64_t lay_out(const PromptRouterParams& p, void* memory, RouterBackwardScratch* scratch) {
+  Cutter cutter{static_cast<char*>(memory)};
+  scratch->dvector = cutter.take<float>(p.num_prompts * p.d);
+  scratch->activated = cutter.take<float>(p.num_prompts * p.d);
+  scratch->dlogits = cutter.take<float>(p.num_prompts * p.num_experts);
+  scratch->dcoef = cutter.take<float>(p.num_prompts * kNumCoefs);
+  scratch->scores = cutter.take<float>(p.num_tokens);
+  scratch->dots = cutter.take<float>(p.num_tokens);
+  scratch->dw_sa = cutter.take<float>(max_chunks(p) * p.d);
+  scratch->argmax = cutter.take<int32_t>(p.num_prompts * p.d);
+  return cutter.size;
+}
 
 constexpr int32_t kNoToken = std::numeric_limits<int32_t>::max();
 
@@ -265,7 +278,7 @@ __global__ void __launch_bounds__(kRouterThreads, 2)
   float dw_sa = 0, dcoef = 0;
   int32_t slot = 0;
   for (int64_t prompt = 0; prompt < p.num_prompts; ++prompt) {
-    const int32_t count = chunks_of(p, prompt);
+    const int32_t end = end_slot(p, prompt, slot);
     if (router_of(p, prompt) == router) {
       for (int e = 0; e < codes.num_experts && c < p.d; ++e) {
         float* dw_r = params.dw_r + (router * p.num_experts + e) * p.d + c;
@@ -274,14 +287,14 @@ __global__ void __launch_bounds__(kRouterThreads, 2)
       }
       const bool attends = codes.pooler == Pooler::kSelfAttention && c < p.d;
 #pragma unroll 4
-      for (int32_t i = slot; attends && i < slot + count; ++i) {
+      for (int32_t i = slot; attends && i < end; ++i) {
         dw_sa += scratch.dw_sa[i * p.d + c];
       }
       if (c < kNumCoefs && codes.activation == Activation::kRational) {
         dcoef += scratch.dcoef[prompt * kNumCoefs + c];
       }
     }
-    slot += count;
+    slot = end;
   }
   if (c < p.d) params.dw_sa[router * p.d + c] = dw_sa;
   if (c < kNumCoefs) params.dcoef[router * kNumCoefs + c] = dcoef;

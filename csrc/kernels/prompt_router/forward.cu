@@ -29,17 +29,14 @@ void launch_pool(const PromptRouterParams& p, const RouterPartials& partials, cu
 }  // namespace
 
 int64_t prompt_router_cuda_scratch(const PromptRouterParams& p) {
-  return (max_chunks(p) * (p.d + 2) + p.num_prompts) * static_cast<int64_t>(sizeof(float));
+  RouterPartials partials;
+  return lay_out(p, nullptr, &partials);
 }
 
 int prompt_router_cuda(const PromptRouterParams& p, void* scratch, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
-  const int64_t chunks = max_chunks(p);
-  RouterPartials partials{};
-  partials.vectors = static_cast<float*>(scratch);
-  partials.maxima = partials.vectors + chunks * p.d;
-  partials.sums = partials.maxima + chunks;
-  partials.arrived = reinterpret_cast<int32_t*>(partials.sums + chunks);
+  RouterPartials partials;
+  lay_out(p, scratch, &partials);
   const dim3 heads(static_cast<unsigned>(p.num_prompts),
                    static_cast<unsigned>((p.d + kRouterThreads - 1) / kRouterThreads));
   return dispatch_device_type(p.dtype, [&](auto* type) {

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRouterThreads, 2)
 
   // Phase 1: this block's columns of the pooled vector.
   const int32_t first = first_slot(p, prompt, shared.counts);
-  const int32_t last = first + chunks_of(p, prompt);
+  const int32_t last = end_slot(p, prompt, first);
   const float value = combine_column(p, partials, codes.pooler, first, last, c, shared);
   if (c < p.d) pooled[c] = value;
 

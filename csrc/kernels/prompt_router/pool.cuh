@@ -28,6 +28,15 @@ struct RouterPartials {
   float* sums;       // [max_chunks]
   int32_t* arrived;  // [num_prompts] blocks of the second launch that are done
 };
+// Cuts `memory` (null to measure) into the partials; returns its bytes.
+inline int64_t lay_out(const PromptRouterParams& p, void* memory, RouterPartials* partials) {
+  Cutter cutter{static_cast<char*>(memory)};
+  partials->vectors = cutter.take<float>(max_chunks(p) * p.d);
+  partials->maxima = cutter.take<float>(max_chunks(p));
+  partials->sums = cutter.take<float>(max_chunks(p));
+  partials->arrived = cutter.take<int32_t>(p.num_prompts);
+  return cutter.size;
+}
 
 // Tokens of a group: with kVectors vectors each they fill 64 registers at most.
 template <int kVectors>

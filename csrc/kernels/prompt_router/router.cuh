@@ -5,6 +5,7 @@
 // prompt is cut the same way alone and among others.
 #pragma once
 
+#include "common/cutter.h"
 #include "kernels/cuda/vectors.cuh"
 #include "kernels/prompt_router/cuda.h"
 #include "kernels/prompt_router/math.h"
@@ -27,7 +28,7 @@ MILORA_HOST_DEVICE bool in_vectors(const PromptRouterParams& p) {
          on_16_bytes(p.w_sa);
 }
 
-inline int64_t max_chunks(const PromptRouterParams& p) {
+MILORA_HOST_DEVICE int64_t max_chunks(const PromptRouterParams& p) {
   return p.num_tokens / kChunkTokens + p.num_prompts;
 }
 
@@ -108,6 +109,13 @@ __device__ __forceinline__ Chunk find_chunk(const PromptRouterParams& p, int32_t
   chunk.end = min(chunk.begin + kChunkTokens, end);
   chunk.last = chunk.end == end;
   return chunk;
+}
+
+// The slots of a prompt whose first is given. Where spans overlap, which they must not, there are
+// fewer slots than chunks: the last prompts then lose some, and nothing is read past the end.
+__device__ __forceinline__ int32_t end_slot(const PromptRouterParams& p, int64_t prompt,
+                                            int32_t first) {
+  return min(first + chunks_of(p, prompt), static_cast<int32_t>(max_chunks(p)));
 }
 
 // Slots before the prompt's first. `shared` as for block_sum; all threads must call it.

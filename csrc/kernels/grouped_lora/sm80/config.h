@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cutter.h"
 #include "common/macros.h"
 #include "kernels/grouped_lora/params.h"
 
@@ -104,30 +105,19 @@ MILORA_HOST_DEVICE int64_t partial_row(const GroupedLoraPoolParams& p, int64_t w
   return ((split * p.num_slices + slice) * p.num_tokens + token) * width;
 }
 
-inline int64_t align_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
 // Cuts `memory` (null to measure) into the workspace; returns its bytes.
 inline int64_t lay_out(const GroupedLoraPoolParams& p, void* memory, bool aligned,
                        Workspace* workspace) {
-  char* base = static_cast<char*>(memory);
-  int64_t size = 0;
-  const auto take = [&](int64_t bytes) {
-    char* at = base == nullptr ? nullptr : base + size;
-    size += align_256(bytes);
-    return static_cast<void*>(at);
-  };
-  workspace->counts = static_cast<PlanCounts*>(take(sizeof(PlanCounts)));
-  workspace->tiles = static_cast<Tile*>(take(p.num_tokens * sizeof(Tile)));
-  workspace->jobs = static_cast<Job*>(take(p.num_tokens * p.num_slices * sizeof(Job)));
+  Cutter cutter{static_cast<char*>(memory)};
+  workspace->counts = cutter.take<PlanCounts>(1);
+  workspace->tiles = cutter.take<Tile>(p.num_tokens);
+  workspace->jobs = cutter.take<Job>(p.num_tokens * p.num_slices);
   workspace->partials.width = partial_width(p);
-  workspace->partials.sums =
-      static_cast<float*>(take(num_splits(p.d_in) * p.num_slices * p.num_tokens *
-                               workspace->partials.width * sizeof(float)));
+  workspace->partials.sums = cutter.take<float>(num_splits(p.d_in) * p.num_slices * p.num_tokens *
+                                                workspace->partials.width);
   workspace->block_begin =
-      aligned
-          ? static_cast<int32_t*>(take((ceil_div(p.num_tokens, kBlockRows) + 1) * sizeof(int32_t)))
-          : nullptr;
-  return size;
+      aligned ? cutter.take<int32_t>(ceil_div(p.num_tokens, kBlockRows) + 1) : nullptr;
+  return cutter.size;
 }
 
 // ---- dynamic shared memory, in bytes ----

@@ -82,9 +82,10 @@ struct Workspace {
   void* hidden;  // [num_tokens, kMaxRank] dtype of x; up to the rank rounded up to 16
 };
 inline int64_t lay_out(const FusedLoraParams& p, void* memory, Workspace* workspace) {
-  const int64_t size = prefill::lay_out(p.lora, memory, true, &workspace->shrink);
-  workspace->hidden = memory == nullptr ? nullptr : static_cast<char*>(memory) + size;
-  return size + prefill::align_256(p.lora.num_tokens * kMaxRank * 2);
+  Cutter cutter{static_cast<char*>(memory)};
+  cutter.size = prefill::lay_out(p.lora, memory, true, &workspace->shrink);
+  workspace->hidden = cutter.take<uint16_t>(p.lora.num_tokens * kMaxRank);
+  return cutter.size;
 }
 
 }  // namespace milora::fused

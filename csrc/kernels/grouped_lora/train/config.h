@@ -5,7 +5,6 @@
 
 namespace milora::train {
 
-using prefill::align_256;
 using prefill::ceil_div;
 using prefill::kRowBytes;
 
@@ -27,18 +26,6 @@ struct PackedPool {
 inline int64_t matrix_bytes(int64_t rank, int64_t d, Dtype dtype) {
   return rank * pool_row_stride(d, dtype) * element_size(dtype);
 }
-
-// Cuts memory into pieces on 256 bytes; null memory measures.
-struct Cutter {
-  char* base;
-  int64_t size = 0;
-  template <class V>
-  V* take(int64_t count) {
-    char* at = base == nullptr ? nullptr : base + size;
-    size += align_256(count * static_cast<int64_t>(sizeof(V)));
-    return reinterpret_cast<V*>(at);
-  }
-};
 
 inline PackedPool lay_out_pool(const LoraWeights* adapters, int64_t num_adapters, int64_t d_in,
                                int64_t d_out, Dtype dtype, Cutter* cutter) {

@@ -54,8 +54,7 @@ inline int64_t lay_out(const GroupedLoraParams& p, void* memory, ForwardMemory* 
   Cutter cutter{static_cast<char*>(memory)};
   out->pool = lay_out_pool(p.adapters, p.num_adapters, p.d_in, p.d_out, p.dtype, &cutter);
   const GroupedLoraPoolParams forward = pool_params(p, out->pool);
-  void* work = memory == nullptr ? nullptr : cutter.base + cutter.size;
-  return cutter.size + prefill::lay_out(forward, work, false, &out->work);
+  return cutter.size + prefill::lay_out(forward, cutter.rest(), false, &out->work);
 }
 
 struct BackwardMemory {
@@ -71,8 +70,8 @@ inline int64_t lay_out(const GroupedLoraBackwardParams& p, void* memory, Backwar
   for (const bool forward : {true, false}) {
     const GroupedLoraPoolParams params =
         forward ? pool_params(p, out->pool) : reverse_params(p, out->pool);
-    void* work = memory == nullptr ? nullptr : cutter.base + cutter.size;
-    cutter.size += prefill::lay_out(params, work, false, forward ? &out->forward : &out->reverse);
+    prefill::Workspace* work = forward ? &out->forward : &out->reverse;
+    cutter.size += prefill::lay_out(params, cutter.rest(), false, work);
   }
   return cutter.size;
 }

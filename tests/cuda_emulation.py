@@ -6,12 +6,16 @@ are right on a machine without a GPU. What it cannot see: the compiler, and time
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -26,7 +30,7 @@ ROOT = TESTS.parent
 SOURCES = TESTS / "cuda_emulator"
 BUILD = ROOT / "build" / "cuda_emulator"
 # Where the same sum stands twice, its bits must not depend on what is contracted around it.
-FLAGS = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-MMD"]
+FLAGS = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-MMD"]
 # A fiber's jump looks like a jump into a finished function.
 FLAGS += ["-U_FORTIFY_SOURCE", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -43,26 +47,92 @@ def is_current(target: Path) -> bool:
     return all(p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in made_of)
 
 
-def library(name: str, params: type[ctypes.Structure]) -> ctypes.CDLL:
-    """tests/cuda_emulator/<name>.cpp as a library, whose params_bytes() is the size of `params`."""
+def compile_with(*arguments: object, target: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("the emulator needs a C++ compiler")
+    # The emulator's folder first: its headers take the place of CUDA's and of csrc's.
+    folders = [f"-I{SOURCES}", f"-I{ROOT / 'csrc'}"]
+    began = time.time()
+    done = subprocess.run(
+        [compiler, *FLAGS, *folders, *arguments, "-o", target], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    os.utime(target, (began, began))  # a change during the build counts as one after it
+
+
+@contextlib.contextmanager
+def locked_build() -> Iterator[None]:
     BUILD.mkdir(parents=True, exist_ok=True)
-    target = BUILD / f"{name}.so"
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def check_bytes(of_cpp, params: type[ctypes.Structure]) -> None:
+    of_cpp.restype = c_int64
+    assert of_cpp() == ctypes.sizeof(params), f"{params.__name__} is not what C++ has"
+
+
+def library(name: str, params: type[ctypes.Structure]) -> ctypes.CDLL:
+    """tests/cuda_emulator/<name>.cpp as a library, whose params_bytes() is the size of `params`."""
+    target = BUILD / f"{name}.so"
+    with locked_build():
         if not is_current(target):
-            # The emulator's folder first: its headers take the place of CUDA's and of csrc's.
-            folders = [f"-I{SOURCES}", f"-I{ROOT / 'csrc'}"]
-            command = [compiler, *FLAGS, *folders, SOURCES / f"{name}.cpp", "-o", target]
-            began = time.time()
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-4000:]
-            os.utime(target, (began, began))  # a change during the build counts as one after it
+            compile_with("-shared", SOURCES / f"{name}.cpp", target=target)
     built = ctypes.CDLL(str(target))
-    built.params_bytes.restype = c_int64
-    assert built.params_bytes() == ctypes.sizeof(params), f"{params.__name__} is not what C++ has"
+    check_bytes(built.params_bytes, params)
+    return built
+
+
+LAUNCH = re.compile(r"([A-Za-z_][\w:]*(?:<[^<>]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
+
+
+def with_calls(source: str) -> str:
+    """CUDA's source with each kernel<<<configuration>>>(arguments) as a call of run_kernel."""
+    out, at = [], 0
+    while launch := LAUNCH.search(source, at):
+        depth, end = 1, launch.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(source[end], 0)
+            end += 1
+        kernel, configuration = launch.groups()
+        arguments = source[launch.end() : end - 1]
+        out += [source[at : launch.start()], "milora::emulator::run_kernel("]
+        out.append(f"milora::emulator::key({kernel}), {configuration}, ")
+        out.append(f"[&] {{ {kernel}({arguments}); }})")
+        at = end
+    return "".join(out) + source[at:]
+
+
+def launches(*params: type[ctypes.Structure]) -> ctypes.CDLL:
+    """All launches under csrc/, with tests/cuda_emulator/launches.cpp in front of them, for a GPU
+    with two multiprocessors. Calls take `params`."""
+    kernels = ROOT / "csrc" / "kernels"
+    folder = BUILD / "launches"
+    host = ["-DMILORA_CUDA", "-include", SOURCES / "host.h"]
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{'_'.join(source.relative_to(ROOT).with_suffix('').parts)}.o"
+        written = target.with_suffix(".cpp")
+        text = f'#line 1 "{source}"\n{with_calls(source.read_text())}'
+        if not written.exists() or written.read_text() != text:
+            written.write_text(text)
+        if not is_current(target):
+            compile_with(*host, "-c", written, target=target)
+        return target
+
+    with locked_build(), ThreadPoolExecutor(2) as compilers:
+        folder.mkdir(exist_ok=True)
+        sources = [SOURCES / "launches.cpp", *sorted(kernels.rglob("*.cu"))]
+        objects = list(compilers.map(compiled, sources))
+        target = folder / "launches.so"
+        newest = max(path.stat().st_mtime for path in objects)
+        if not target.exists() or target.stat().st_mtime < newest:
+            compile_with("-shared", *objects, target=target)
+    built = ctypes.CDLL(str(target))
+    for one in params:
+        check_bytes(getattr(built, f"bytes_of_{one.__name__}"), one)
     return built
 
 

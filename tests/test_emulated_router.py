@@ -7,7 +7,7 @@ from ctypes import c_int32, c_int64, c_void_p
 
 import pytest
 import torch
-from cuda_emulation import DTYPE_CODES, library
+from cuda_emulation import DTYPE_CODES, launches
 from test_prompt_router import (
     ALL_CODES,
     DTYPES,
@@ -51,7 +51,7 @@ class Router:
     """The router's kernels on the emulator, called as `milora.reference` is."""
 
     def __init__(self, order: int = 0):
-        self.kernels = library("router", RouterParams)
+        self.kernels = launches(RouterParams, RouterBackwardParams)
         self.order = order
 
     def params(self, inputs: dict) -> tuple[RouterParams, list[torch.Tensor]]:
@@ -78,7 +78,7 @@ class Router:
 
     def forward(self, inputs: dict) -> list[torch.Tensor]:
         p, outputs = self.params(inputs)
-        self.kernels.router_forward(ctypes.byref(p), self.order)
+        assert not self.kernels.router_forward(ctypes.byref(p), self.order)
         return outputs
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -101,7 +101,7 @@ class Router:
                 params = RouterBackwardParams(*(t.data_ptr() for t in grads), p)
                 for name, value in zip(("dh", "dw_sa", "dw_r", "dcoef"), found, strict=True):
                     setattr(params, name, value.data_ptr())
-                router.kernels.router_backward(ctypes.byref(params), router.order)
+                assert not router.kernels.router_backward(ctypes.byref(params), router.order)
                 return tuple(found)
 
         return Function.apply(*(inputs[name] for name in names))

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "emulator.h"
 
@@ -35,7 +36,20 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-inline int cudaGetLastError() { return 0; }
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorNotSupported = 801,
+};
+namespace milora::emulator {
+inline cudaError_t last_error = cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(milora::emulator::last_error, cudaSuccess);
+}
 
 // ---- one thread ----
 

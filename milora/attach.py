@@ -51,7 +51,8 @@ def attach(
     Returns: `model`.
     Raises:
         ValueError: the name is taken or unusable, no blocks were found, a target matches none,
-            modules carry adapters of PEFT's, or the parameters are sharded already.
+            modules carry adapters of PEFT's or compute in float64, or the parameters are sharded
+            already.
         TypeError: `config` is no MiLoRAConfig.
         ImportError: this version of transformers is not supported; the message names the range.
     """
@@ -159,7 +160,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
-    """Choose the adapter of forwards that name none; None switches to the bare model."""
+    """Choose the adapter of forwards that name none; None switches to the bare model.
+
+    A conversation that has begun stays with its adapters: its route lives with the key-value cache.
+    `milora.disabled` is the bare model whatever a cache holds.
+    """
     runtime = runtime_of(model)
     if adapter_name is not None and not runtime.knows(adapter_name):
         check_known(runtime, adapter_name)
@@ -209,11 +214,18 @@ def _check_name(name: str, runtime: Runtime | None) -> None:
 
 
 def _check_free(blocks: list[Block], runtime: Runtime | None) -> None:
-    """Refuse modules that carry the experts of PEFT or of an `attach` to a part of the model."""
+    """Refuse modules of float64, and those that carry the experts of PEFT or of an `attach` to a
+    part of the model."""
     linears = [] if runtime is None else runtime.linears
     ours = {id(linear) for in_block in linears for linear in in_block}
     for block in blocks:
         for path, module in block.module.named_modules():
+            dtype = getattr(getattr(module, "weight", None), "dtype", None)
+            if path in block.experts and dtype == torch.float64:
+                raise ValueError(
+                    f"attach: {block.path}.{path} computes in float64; experts take float32, "
+                    "bfloat16 and float16"
+                )
             is_foreign = isinstance(module, MiLoRALinear) or (
                 path in block.experts and isinstance(module._modules.get("base_layer"), nn.Module)
             )

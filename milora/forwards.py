@@ -44,7 +44,8 @@ def pin_route(model: nn.Module, state: RoutingState) -> Iterator[None]:
     """Use `state` for every forward inside, whatever the prompts say.
 
     A state of one prompt serves every row; otherwise the rows of each forward must be a multiple
-    of its prompts.
+    of its prompts. A route of an adapter that the model does not know, under whatever name it was
+    recorded, is applied to the active one. `adapter_names`, if given, must be those of the state.
     """
     runtime = runtime_of(model)
     # accelerate leaves offloaded weights on the meta device.
@@ -68,14 +69,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[RoutingState]]:
-    """Collect the route of each routed forward inside: one state per prefill."""
-    runtime = runtime_of(model)
+    """Collect the route of each routed forward of this thread inside: one state per prefill."""
     states: list[RoutingState] = []
-    runtime.recorders.append(states)
-    try:
+    with _local(model, recorders=(*runtime_of(model).local.recorders, states)):
         yield states
-    finally:
-        runtime.recorders = [kept for kept in runtime.recorders if kept is not states]
 
 
 @contextlib.contextmanager

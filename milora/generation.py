@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from milora.prompts import PENDING, Pending
-from milora.route_cache import held_by
+from milora.route_cache import carried_route, held_by
 from milora.routing import RoutingState
 
 if TYPE_CHECKING:
@@ -82,10 +82,14 @@ class GenerateMethods:
     def generate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime = self.runtime
         adapters = kwargs.pop("adapter_names", runtime.local.adapter_names)
-        if runtime.local.disabled or (runtime.active is None and adapters is None):
+        if runtime.local.disabled:
             return original(*args, **kwargs)
         arguments = dict(zip(inspect.signature(original).parameters, args, strict=False))
         arguments.update(kwargs)
+        route = carried_route(arguments)
+        reasons = (runtime.active, adapters, route, runtime.local.pinned)
+        if all(reason is None for reason in reasons):
+            return original(*args, **kwargs)
         self._refuse(arguments)
         inputs = next(
             (
@@ -99,7 +103,7 @@ class GenerateMethods:
         embeds = arguments.get("inputs_embeds")
         inputs = embeds if isinstance(embeds, Tensor) else inputs
         num_prompts, length = (None, None) if inputs is None else inputs.shape[:2]
-        lease = runtime.lease_for(num_prompts, adapters)
+        lease = runtime.lease_for(num_prompts, adapters, route)
         previous = runtime.local.generation
         runtime.local.generation = Generation(num_prompts, length, adapters, lease)
         try:

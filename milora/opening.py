@@ -49,7 +49,7 @@ def open_call(
 
     state = known_state(runtime, cache, slot, rows, x.device)
     if state is not None:
-        _check_same_adapters(runtime, state, names)
+        check_same_adapters(runtime, state, names)
         return Call(state)
     if not _has_routers(runtime, names):
         call = Call(_ungated_state(runtime, rows, names, x.device))
@@ -113,14 +113,21 @@ def check_layout(runtime: Runtime, state: RoutingState) -> None:
         raise ValueError("milora: this route was made for other modules than the model has now")
 
 
-def _check_same_adapters(runtime: Runtime, state: RoutingState, names: list | None) -> None:
-    if names is None or runtime.local.pinned is not None:
+def check_same_adapters(runtime: Runtime, state: RoutingState, names: list | None) -> None:
+    """Refuse a call that names other adapters than those of the route that it follows."""
+    if names is None and runtime.local.generation is not None:
+        names = runtime.local.generation.adapters
+    if names is None:
         return
     named = runtime.adapters_of(state.num_prompts, names)
-    if len(named) == state.num_prompts and named != state.adapters:
+    routed = state.adapters * len(named) if state.num_prompts == 1 else state.adapters
+    if named != routed:
+        of_route, advice = "the cache was filled by", "a cache keeps its route, so prefill anew"
+        if runtime.local.pinned is not None:
+            of_route, advice = "the pinned route belongs to", "leave adapter_names out"
         raise ValueError(
-            f"adapter_names: the cache was filled by adapters {list(state.adapters)}, the forward "
-            f"names {list(named)}; a cache keeps its route, so prefill the prompts anew"
+            f"adapter_names: {of_route} adapters {list(state.adapters)}, the call names "
+            f"{list(named)}; {advice}"
         )
 
 
@@ -188,6 +195,7 @@ def _open_encoder_decoder(
                 state = state.with_rows(prompts.rows_of(state.num_prompts, rows, device))
             if state is None:
                 state = _ungated_state(runtime, rows, names, device)
+        check_same_adapters(runtime, state, names)
         call = Call(state)
         call.fresh = not state.complete  # the decoder's blocks route on their first forward
         call.cache = inputs.get("past_key_values")

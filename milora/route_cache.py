@@ -46,3 +46,9 @@ def follow_cache(cache: Any, state: RoutingState) -> None:
 
 def held_by(cache: Any) -> RoutingState | None:
     return getattr(cache, "__dict__", {}).get(ROUTE)
+
+
+def carried_route(inputs: dict[str, Any]) -> RoutingState | None:
+    """The route that the arguments of a forward or of `generate` bring along."""
+    route = held_by(inputs.get("past_key_values"))
+    return held_by(inputs.get("encoder_outputs")) if route is None else route

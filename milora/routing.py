@@ -99,7 +99,18 @@ class RoutingState:
         return last_kept - first_dropped
 
     def active_names(self, layer: int, row: int = 0) -> tuple[str, ...]:
-        """Paths of the experts that prompt `row` switches on in block `layer`."""
+        """Paths of the experts that prompt `row` switches on in block `layer`.
+
+        Raises: IndexError for a layer or row that is not there.
+        """
+        for what, index, count in (
+            ("layer", layer, len(self.names)),
+            ("row", row, self.num_prompts),
+        ):
+            if not -count <= index < count:
+                raise IndexError(
+                    f"RoutingState.active_names: {what} must be in [0, {count}), got {index}"
+                )
         gates = self._filled(self.block_gates)[layer][row].tolist()
         return tuple(name for name, gate in zip(self.names[layer], gates, strict=True) if gate > 0)
 
@@ -221,7 +232,10 @@ class RoutingState:
     # ---- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state as safetensors, with its name table in the header."""
+        """Write the state as safetensors, with its name table in the header.
+
+        Raises: FileNotFoundError: the folder does not exist.
+        """
         header = {
             "format": STATE_FORMAT,
             "version": STATE_VERSION,
@@ -236,6 +250,9 @@ class RoutingState:
         }
         if self.prompt_lengths is not None:
             tensors["prompt_lengths"] = self.prompt_lengths
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"RoutingState.save: no folder {folder}")
         temporary = f"{os.fspath(path)}.tmp"
         save_file(
             {name: tensor.detach().cpu() for name, tensor in tensors.items()},

@@ -27,7 +27,7 @@ from milora.nn import MiLoRALinear
 from milora.opening import open_call
 from milora.packs import Packs
 from milora.pooled import PooledWeights, PoolLease
-from milora.route_cache import ROUTE, follow_cache
+from milora.route_cache import ROUTE, carried_route, follow_cache
 from milora.router import ROUTER_NAME, PromptRouter
 from milora.routing import Call, RoutingState
 from milora.siblings import SiblingWatch, may_watch
@@ -52,6 +52,7 @@ class Local(threading.local):
         self.disabled = False
         self.adapter_names: list | None = None  # of calls that name none themselves
         self.collected: Collected | None = None
+        self.recorders: tuple[list[RoutingState], ...] = ()
 
     def __deepcopy__(self, memo: dict) -> Local:
         return Local()
@@ -85,7 +86,6 @@ class Runtime:
         self.local = Local()
         self.stats = Stats()
         self.windows: dict[str, BalanceWindow] = {}
-        self.recorders: list[list[RoutingState]] = []
         self.train_theta = False
         self.handles: list[Any] = []
         self.replaced: dict[str, Any] = {}  # instance attributes of the model to restore
@@ -121,11 +121,12 @@ class Runtime:
         names = kwargs.get("adapter_names", self.local.adapter_names)
         if "adapter_names" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
-        if self.local.disabled or (
-            self.active is None and names is None and not self._generating()
-        ):
+        if self.local.disabled:
             return args, kwargs
         inputs = _bind(module, args, kwargs)
+        is_named = self.active is not None or names is not None or self._generating()
+        if not is_named and not self._follows_route(inputs):
+            return args, kwargs
         if (collected := self.local.collected) is not None:
             if inputs.get("labels") is None:
                 inputs["labels"] = collected.labels
@@ -225,13 +226,18 @@ class Runtime:
         if self.is_encoder_decoder and module is not self.model and hasattr(output, "keys"):
             setattr(output, ROUTE, state)
         if state.complete:
-            for recorder in self.recorders:
+            for recorder in self.local.recorders:
                 recorder.append(state.detached())
         if self.model.training and torch.is_grad_enabled():
             return add_balance_loss(self, call, output)
         return None
 
     _close_uncompiled = torch.compiler.disable(_close)
+
+    def _follows_route(self, inputs: dict[str, Any]) -> bool:
+        """Whether a forward that names no adapter continues what one has begun: a route is pinned,
+        or came with the cache or the encoder's outputs."""
+        return self.local.pinned is not None or carried_route(inputs) is not None
 
     def _generating(self) -> bool:
         return self.local.generation is not None and self.local.generation.adapters is not None
@@ -273,10 +279,14 @@ class Runtime:
         attached = str(sorted(self.configs))
         return attached if self.pool is None else f"{attached} and {len(self.pool)} in the pool"
 
-    def lease_for(self, num_prompts: int | None, names: list | None) -> PoolLease | None:
-        """As `lease`, for the rows of a `generate` call."""
+    def lease_for(
+        self, num_prompts: int | None, names: list | None, route: RoutingState | None
+    ) -> PoolLease | None:
+        """As `lease`, for the rows of a `generate` call, which may continue a route."""
         if self.pool is None or num_prompts is None or self.local.pinned is not None:
             return None  # each forward takes its own
+        if route is not None:
+            return self.lease(route.adapter_table()[0])
         rows = self.adapters_of(num_prompts, names)
         return self.lease(tuple(dict.fromkeys(name for name in rows if name is not None)))
 

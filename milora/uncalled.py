@@ -23,6 +23,8 @@ def warn_of_uncalled(runtime: Runtime, called: set[nn.Module]) -> None:
         called: the `MiLoRALinear`s that it has called. A block with none of them did not run
             (layer dropout, early exit), which says nothing about its modules.
     """
+    if any(_is_compiled(module) for module in runtime.model.modules()):
+        return  # compiled code does not tell
     counts: dict[str, int] = {}
     for block, linears in zip(runtime.blocks, runtime.linears, strict=True):
         if called.isdisjoint(linears):
@@ -38,3 +40,12 @@ def warn_of_uncalled(runtime: Runtime, called: set[nn.Module]) -> None:
             "these modules' weights without calling the modules. Leave them out of target_modules",
             stacklevel=2,
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By module.compile(), torch.compile(module), or torch.compile of its forward."""
+    return (
+        module._compiled_call_impl is not None
+        or type(module).__name__ == "OptimizedModule"
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    )

@@ -8,6 +8,8 @@ once per prompt, refused names, copies) stands in test_routing*.py.
 from __future__ import annotations
 
 import copy
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -323,6 +325,59 @@ def test_an_interrupt_leaves_nothing_behind(model, prompts, inside):
         assert runtime.pool.statistics().in_use == 0
         runtime.pool.compact()
     assert torch.equal(forward(), want)
+
+
+OTHER_NAMES = {
+    "others": [*NAMES[1:], NAMES[0]],
+    "bare": [None] * len(NAMES),
+    "one changed": [*NAMES[:-1], "dora"],
+}
+
+
+@pytest.mark.parametrize("other", OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_a_conversation_stays_with_its_adapters(model, prompts, other):
+    """Named again or not, the cache's route is followed; a call that names others is refused."""
+    batch = pad(prompts)
+    first = model.generate(**batch, adapter_names=NAMES, **GREEDY)
+    turn = torch.cat([first.sequences, batch["input_ids"].clamp(min=3)], 1)
+    mask = torch.ones_like(turn)
+    mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+
+    def go(**options):
+        cache = copy.deepcopy(first.past_key_values)
+        options |= {"attention_mask": mask, "past_key_values": cache}
+        return torch.stack(model.generate(turn, **options, **GREEDY).logits)
+
+    want = go(adapter_names=NAMES)
+    assert torch.equal(go(), want)
+    with milora.disabled(model):
+        assert not torch.equal(go(), want)
+    for call in (go, lambda **names: model(turn, past_key_values=first.past_key_values, **names)):
+        with pytest.raises(ValueError, match="the cache was filled by adapters"):
+            call(adapter_names=other)
+
+
+@pytest.mark.parametrize("other", OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_a_pinned_route_is_followed_without_names(model, prompts, other):
+    batch = pad(prompts)
+    with milora.record_routing(model) as states:
+        want = model.generate(**batch, adapter_names=NAMES, **GREEDY)
+    with milora.pin_route(model, states[0]):
+        for names in ({}, {"adapter_names": NAMES}):
+            got = model.generate(**batch, **names, **GREEDY)
+            assert all(map(torch.equal, got.logits, want.logits))
+        with pytest.raises(ValueError, match="the pinned route belongs to adapters"):
+            model.generate(**batch, adapter_names=other, **GREEDY)
+
+
+def test_routes_of_other_threads_are_not_recorded(model, prompts):
+    batch = pad(prompts)
+    with milora.record_routing(model) as states, ThreadPoolExecutor(1) as other:
+        call = functools.partial(model.generate, adapter_names=NAMES, **GREEDY)
+        other.submit(call, **batch).result()
+        assert not states
+        call(**batch)
+    assert len(states) == 1
 
 
 @pytest.mark.parametrize("where", [*EXPLODES, "a processor", "a name", "the pool"])

@@ -69,6 +69,15 @@ def test_save_and_load(state, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_is_not_there_is_named(state, tmp_path):
+    with pytest.raises(IndexError, match=rf"layer must be in \[0, {NUM_BLOCKS}\), got 9"):
+        state.active_names(layer=9)
+    with pytest.raises(IndexError, match=r"row must be in \[0, \d\), got -9"):
+        state.active_names(layer=0, row=-9)
+    with pytest.raises(FileNotFoundError, match=r"RoutingState\.save: no folder .*nowhere"):
+        state.save(tmp_path / "nowhere" / "route.safetensors")
+
+
 def test_load_refuses_other_files(state, tmp_path):
     with pytest.raises(FileNotFoundError):
         RoutingState.load(tmp_path / "none")

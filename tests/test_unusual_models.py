@@ -131,6 +131,29 @@ def test_experts_that_are_never_called_are_named_once(training):
     assert run() == []
 
 
+@pytest.mark.parametrize("how", ["block.compile", "torch.compile of a block", "of a forward"])
+def test_compiled_blocks_are_not_said_to_call_nothing(how):
+    """Compiled code does not tell which modules it calls."""
+    model = milora.attach(Plain(), Config(rank=4)).eval()
+    for i, block in enumerate(model.blocks):
+        if how == "block.compile":
+            block.compile(backend="eager")
+        elif how == "of a forward":
+            block.forward = torch.compile(block.forward, backend="eager")
+        else:
+            model.blocks[i] = torch.compile(block, backend="eager")
+    with warnings.catch_warnings(), torch.no_grad(), milora.prompt_lengths(model, 3):
+        warnings.filterwarnings("error", message="milora: the experts")
+        model(**left_padded((5, 8)))
+
+
+def test_float64_is_refused():
+    model = Plain().double()
+    with pytest.raises(ValueError, match=r"blocks\.0\.\w+ computes in float64; experts take"):
+        milora.attach(model, Config(rank=4))
+    assert runtime_of(model, required=False) is None
+
+
 class Mixture(nn.Module):
     """A mixture of experts that keeps them in a list, beside a linear gate."""
 

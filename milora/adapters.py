@@ -7,6 +7,7 @@ The files are `milora.adapter_files`' business, what they must hold to fit a mod
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def save(
     """Write one adapter to `folder`, replacing the adapter that is there.
 
     A crash at any point leaves the old adapter or none. Under FSDP every rank must call this (it
-    gathers the shards); the main process writes.
+    gathers the shards); the main process writes. An adapter that holds NaN or Inf is written, with
+    a warning, and `load` will refuse it.
 
     Raises:
         ValueError: no adapter of that name.
@@ -56,6 +58,12 @@ def save(
     base = getattr(runtime.model, "config", None)
     config["base_model_name_or_path"] = getattr(base, "_name_or_path", None) or None
     write_folder(folder, tensors, config)
+    if problems := value_problems(tensors.items()):
+        warnings.warn(
+            f"milora: the adapter saved in {os.fspath(folder)} will be refused by milora.load: "
+            f"{problems[0]}" + (f", and {len(problems) - 1} more" if len(problems) > 1 else ""),
+            stacklevel=2,
+        )
 
 
 def load(

@@ -220,8 +220,8 @@ def _check_free(blocks: list[Block], runtime: Runtime | None) -> None:
     ours = {id(linear) for in_block in linears for linear in in_block}
     for block in blocks:
         for path, module in block.module.named_modules():
-            dtype = getattr(getattr(module, "weight", None), "dtype", None)
-            if path in block.experts and dtype == torch.float64:
+            weight = module._parameters.get("weight") if path in block.experts else None
+            if weight is not None and weight.dtype == torch.float64:
                 raise ValueError(
                     f"attach: {block.path}.{path} computes in float64; experts take float32, "
                     "bfloat16 and float16"

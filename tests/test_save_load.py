@@ -33,6 +33,16 @@ def test_round_trip(tmp_path, case, dtype):
     assert sha256_of(tmp_path / WEIGHTS_FILE) == sha256_of(tmp_path / "again" / WEIGHTS_FILE)
 
 
+def test_a_save_warns_of_what_load_refuses(tmp_path):
+    model = attached(OPTIONS["dora"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match=r"refused by milora\.load: .*up_proj.*holds NaN or Inf"):
+        milora.save(model, tmp_path)
+    with pytest.raises(milora.AdapterError, match="holds NaN or Inf"):
+        milora.load(build("llama"), tmp_path)
+
+
 def test_trainable_and_several_adapters(tmp_path):
     model = attached(OPTIONS["dora"])
     milora.attach(model, MiLoRAConfig(rank=2, **OPTIONS["lora_mini"]), "mini")

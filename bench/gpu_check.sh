@@ -142,7 +142,7 @@ stage_quick() {
   [ ${#failed[@]} = 0 ] || { echo "failed when small: ${failed[*]}"; return 1; }
 }
 
-stage_model() { "$PYTHON" -m pytest -m cuda tests/test_cuda_model.py; }
+stage_model() { "$PYTHON" -m pytest -m cuda tests/test_cuda_model.py tests/test_prepared.py; }
 
 # Their bulk copies, mbarriers, clusters and warpgroups are hazards to a racecheck before 2026.4.
 hopper_kernels=(decode_cluster_kernel shrink_wgmma_kernel expand_wgmma_kernel fused_kernel)

@@ -391,6 +391,10 @@ MISTAKES = {
         ["inspect", "{adapter}", "--json", "{tmp}/no/where.json"],
         "cannot write {tmp}/no/where.json",
     ),
+    "an unknown bench": (
+        ["bench", "nothing"],
+        "the benches are grouped_lora, prompt_router, multitenant",
+    ),
 }  # fmt: skip
 
 

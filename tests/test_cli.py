@@ -24,6 +24,7 @@ import milora.cli
 import milora.cli.memory
 from milora.cli import COMMANDS, main
 from milora.cli.models import load_model
+from milora.cli.train_progress import TrainProgress
 from milora.train.interrupt import InterruptCallback
 from milora.train.metrics import read_metrics
 
@@ -194,6 +195,24 @@ def test_resuming_leaves_out_a_checkpoint_that_was_not_finished(home, tmp_path, 
     mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (output, copy))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert json.loads(last.read_text())["global_step"] == 6
+
+
+def test_a_line_of_progress_has_its_own_steps_numbers_alone(capsys):
+    """A log without a number must not show the one of an earlier step."""
+    progress = TrainProgress()
+    progress.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    logs = [
+        ({"loss": 2.0, "balance_loss": 1.5}, "step 1/9: loss 2, balance 1.5"),
+        ({"eval_perplexity": 7.0}, "step 2/9: dev perplexity 7"),
+        ({"loss": 1.0}, "step 3/9: loss 1"),
+        ({"learning_rate": 1.0}, None),
+        ({"train_runtime": 1.0}, None),
+    ]
+    for step, (log, _) in enumerate(logs, start=1):
+        progress.on_log(None, SimpleNamespace(global_step=step, max_steps=9), None, logs=log)
+    progress.__exit__(None, None, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["training (9)", *(line for _, line in logs if line)]
 
 
 def test_texts_end_where_the_models_positions_do(tmp_path, capsys):

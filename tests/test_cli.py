@@ -23,6 +23,7 @@ import milora
 import milora.cli
 import milora.cli.memory
 from milora.cli import COMMANDS, main
+from milora.cli.console import check_writable_file
 from milora.cli.models import load_model
 from milora.cli.train_progress import TrainProgress
 from milora.train.interrupt import InterruptCallback
@@ -410,6 +411,22 @@ MISTAKES = {
         ["inspect", "{adapter}", "--json", "{tmp}/no/where.json"],
         "cannot write {tmp}/no/where.json",
     ),
+    "a result that is a folder": (
+        ["generate", "--model", "./nowhere", "--prompt", "x", "--json", "{tmp}"],
+        "cannot write {tmp}: Is a directory",
+    ),
+    "an unknown format of a plot": (
+        ["inspect", "{adapter}", "--prompt", "x", "--plot", "{tmp}/x.foo"],
+        "cannot draw {tmp}/x.foo: its name must end in one of .",
+    ),
+    "a plot that is a folder": (
+        ["inspect", "{adapter}", "--prompt", "x", "--plot", "{folder}"],
+        "cannot write {folder}: Is a directory",
+    ),
+    "no folder for a plot": (
+        ["inspect", "{adapter}", "--prompt", "x", "--plot", "{tmp}/no/x.png"],
+        "cannot write {tmp}/no/x.png: there is no such folder",
+    ),
     "an unknown bench": (
         ["bench", "nothing"],
         "the benches are grouped_lora, prompt_router, multitenant",
@@ -436,9 +453,10 @@ def broken(home, tmp_path_factory) -> dict[str, str]:
         content = bytearray(Path(home.adapter, name).read_bytes())
         content[-9] ^= name.endswith("safetensors")
         (root / "damaged" / name).write_bytes(content)
+    (root / "folder.png").mkdir()
     return {
         "bad": str(bad), "bert": str(root / "bert"), "pickled": str(root / "pickled"),
-        "damaged": str(root / "damaged"),
+        "damaged": str(root / "damaged"), "folder": str(root / "folder.png"),
     }  # fmt: skip
 
 
@@ -455,6 +473,36 @@ def test_a_mistake_gets_a_message_and_no_traceback(home, broken, capsys, tmp_pat
     assert (code, out) == (2, ""), err
     assert "milora: error: " in err and "Traceback" not in err
     assert message.format(**values) in err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+@pytest.mark.parametrize("option", [["--json", "/proc/x.json"], ["--plot", "/proc/x.png"]])
+def test_a_folder_that_takes_no_file_is_found_before_the_work(home, capsys, option):
+    """Even root can make no file in /proc."""
+    argv = ["inspect", home.adapter, "--model", "./nowhere", "--prompt", "x", *option]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"milora: error: cannot write {option[1]}: " in err
+
+
+def test_a_plot_that_fails_while_drawn_is_said_in_words(home, capsys, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    plot = str(tmp_path / "x.png")
+    assert main(["inspect", home.adapter, "--prompts", home.data, "--plot", plot]) == 2
+    assert f"cannot write {plot}: Input/output error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "old"])
+def test_trying_a_file_leaves_it_as_it_was(tmp_path, content):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    check_writable_file(path)
+    assert (path.read_text() if path.exists() else None) == content
+    check_writable_file(Path(os.devnull))
 
 
 def test_too_little_memory_is_said_before_loading(home, capsys, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,25 @@ def check_writable_folder(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}") from None
+
+
+def check_writable_file(path: Path) -> None:
+    """Open the file now: an hour of work must not end at a file that cannot be written.
+
+    One that is there keeps its content, and a new one is removed again.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no such folder")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return  # opening a pipe would wait for its reader
+        new = not os.path.lexists(path)
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -23,9 +23,10 @@ import milora
 import milora.cli
 import milora.cli.memory
 from milora.cli import COMMANDS, main
-from milora.cli.console import check_writable_file
+from milora.cli.console import check_writable_file, writable_folder
 from milora.cli.models import load_model
 from milora.cli.train_progress import TrainProgress
+from milora.errors import UserError
 from milora.train.interrupt import InterruptCallback
 from milora.train.metrics import read_metrics
 
@@ -427,6 +428,14 @@ MISTAKES = {
         ["inspect", "{adapter}", "--prompt", "x", "--plot", "{tmp}/no/x.png"],
         "cannot write {tmp}/no/x.png: there is no such folder",
     ),
+    "routers to merge": (
+        ["merge", "{adapter}", "{adapter}", "--output", "{tmp}/new/deep"],
+        "has a router",
+    ),
+    "too few weights": (
+        ["merge", "{adapter}", "{adapter}", "--weights", "1", "--output", "{tmp}/new"],
+        "weights must be 2 finite numbers, one per folder, got [1.0]",
+    ),
     "an unknown bench": (
         ["bench", "nothing"],
         "the benches are grouped_lora, prompt_router, multitenant",
@@ -473,6 +482,7 @@ def test_a_mistake_gets_a_message_and_no_traceback(home, broken, capsys, tmp_pat
     assert (code, out) == (2, ""), err
     assert "milora: error: " in err and "Traceback" not in err
     assert message.format(**values) in err
+    assert not list(tmp_path.iterdir()), "a command that failed must leave nothing behind"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
@@ -503,6 +513,33 @@ def test_trying_a_file_leaves_it_as_it_was(tmp_path, content):
     check_writable_file(path)
     assert (path.read_text() if path.exists() else None) == content
     check_writable_file(Path(os.devnull))
+
+
+@pytest.mark.parametrize(
+    ("there", "written", "left"),
+    [
+        ([], [], []),
+        (["a"], [], ["a"]),
+        (["a", "a/b"], [], ["a", "a/b"]),
+        ([], ["a/b/file"], ["a", "a/b", "a/b/file"]),
+        ([], ["a/file"], ["a", "a/file"]),
+    ],
+)
+def test_an_error_removes_the_empty_folders_that_it_made(tmp_path, there, written, left):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(KeyboardInterrupt), writable_folder(tmp_path / "a/b"):
+        for file in written:
+            (tmp_path / file).touch()
+        raise KeyboardInterrupt
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_part_of_its_path(tmp_path):
+    path = tmp_path / "a" / ("b" * 300)
+    with pytest.raises(UserError, match="cannot write to folder"), writable_folder(path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_memory_is_said_before_loading(home, capsys, monkeypatch, tmp_path):

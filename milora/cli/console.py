@@ -88,19 +88,30 @@ def print_table(
     stdout().print(table)
 
 
-def check_writable_folder(path: Path) -> None:
+@contextlib.contextmanager
+def writable_folder(path: Path) -> Iterator[None]:
     """Make the folder now: an hour of training must not end at a folder that cannot be made.
+
+    An error inside removes the folders that this made, as far as nothing was written to them.
 
     Raises:
         UserError: it cannot be made or written.
     """
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".milora-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to folder {path}: {error.strerror}") from None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".milora-write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to folder {path}: {error.strerror}") from None
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def check_writable_file(path: Path) -> None:

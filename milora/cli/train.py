@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora.cli.console import add_json_option, check_writable_folder, note, write_json
+from milora.cli.console import add_json_option, note, writable_folder, write_json
 from milora.cli.memory import BYTES_PER_TRAINED_PARAMETER, check_memory
 from milora.cli.models import load_model, max_positions, user_errors
-from milora.cli.train_options import TrainOptions, add_train_options, resolve, save_options
+from milora.cli.train_options import (
+    TrainOptions,
+    add_train_options,
+    file_sums,
+    resolve,
+    save_options,
+)
 from milora.errors import UserError
 
 EPILOG = """each line of the data is one of
@@ -44,16 +50,10 @@ def run(namespace: argparse.Namespace) -> int:
     if not namespace.resume:
         _refuse_old_run(output)
     examples = _read_files(options)  # before the slow imports: a bad line is found at once
-    check_writable_folder(output)
-    save_options(options, keep_files=namespace.resume)
-
-    import transformers
-
-    transformers.set_seed(options.seed)
-    model, tokenizer = load_model(options.model, options.dtype, options.device)
-    data = _encode(examples, options, tokenizer, max_positions(model))
-    _attach(model, options)
-    trainer, stop, bar = _make_trainer(model, tokenizer, data, options)
+    files = file_sums(options, resume=namespace.resume)
+    with writable_folder(output):
+        trainer, stop, bar = _prepare(examples, options)
+        save_options(options, files)  # not before: a command that failed leaves nothing
     started = time.perf_counter()
     with stop, bar, user_errors(FileNotFoundError):
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -65,6 +65,17 @@ def run(namespace: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     _finish(trainer, options, result, time.perf_counter() - started, namespace)
     return 0
+
+
+def _prepare(examples: dict[str, Any], options: TrainOptions):
+    """What `_make_trainer` returns, for the model and the data that the options name."""
+    import transformers
+
+    transformers.set_seed(options.seed)
+    model, tokenizer = load_model(options.model, options.dtype, options.device)
+    data = _encode(examples, options, tokenizer, max_positions(model))
+    _attach(model, options)
+    return _make_trainer(model, tokenizer, data, options)
 
 
 # ---- data -------------------------------------------------------------------------------------

@@ -199,6 +199,44 @@ def test_resuming_leaves_out_a_checkpoint_that_was_not_finished(home, tmp_path, 
     assert json.loads(last.read_text())["global_step"] == 6
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(home) -> Path:
+    """A run whose limit of steps lies within an epoch, where Trainer would take one step more."""
+    output = home.root / "finished"
+    argv = ["train", "--model", home.model, "--data", home.data, "--output", str(output)]
+    assert main([*argv, *SHORT, "--max-steps", "3", "--rank", "4", "--no-plot"]) == 0
+    return output
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(finished, capsys):
+    before = _contents(finished)
+    summary = run_json(capsys, ["train", "--resume", "--output", str(finished)])
+    assert (summary["steps"], summary["planned_steps"], summary["train_loss"]) == (3, 3, None)
+    assert main(["train", "--resume", "--output", str(finished)]) == 0
+    assert f"the run in {finished} is finished, after 3 steps" in capsys.readouterr().err
+    assert _contents(finished) == before
+
+
+@pytest.mark.parametrize("left", [["checkpoint-2", "checkpoint-3"], ["checkpoint-3"]])
+def test_a_run_that_was_killed_before_its_adapter_was_saved_is_ended(finished, tmp_path, left):
+    """The checkpoint of its last step is there: the one before, or the start, gives the adapter."""
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    (output / "adapter_config.json").unlink()
+    for folder in output.glob("checkpoint-*"):
+        if folder.name not in left:
+            shutil.rmtree(folder)
+    assert main(["train", "--resume", "--output", str(output), "--no-plot"]) == 0
+    mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (output, finished))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    steps = [line["step"] for line in read_metrics(output / "metrics.jsonl")[1] if "loss" in line]
+    assert steps == [1, 2, 3]
+
+
 def test_a_line_of_progress_has_its_own_steps_numbers_alone(capsys):
     """A log without a number must not show the one of an earlier step."""
     progress = TrainProgress()

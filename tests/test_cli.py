@@ -25,6 +25,7 @@ import milora.cli.memory
 from milora.cli import COMMANDS, main
 from milora.cli.console import check_writable_file, writable_folder
 from milora.cli.models import load_model
+from milora.cli.plots import check_plot_file, draw_routing
 from milora.cli.train_progress import TrainProgress
 from milora.errors import UserError
 from milora.train.interrupt import InterruptCallback
@@ -531,6 +532,19 @@ def test_a_folder_that_takes_no_file_is_found_before_the_work(home, capsys, opti
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and f"milora: error: cannot write {option[1]}: " in err
+
+
+def test_every_ending_that_a_plot_may_have_is_drawn(tmp_path):
+    """An ending that is let through must not fail when all prompts have been routed."""
+    with pytest.raises(UserError) as refused:
+        check_plot_file(tmp_path / "x.foo")
+    endings = str(refused.value).rpartition(" one of ")[2].split(", ")
+    assert {".png", ".pdf", ".svg"} <= set(endings)
+    for ending in [*endings, ".PNG"]:
+        path = tmp_path / f"x{ending}"
+        check_plot_file(path)
+        draw_routing(path, [("a group", [[0.1, 0.9]], ["q_proj", "v_proj"])])
+        assert path.stat().st_size > 0
 
 
 def test_a_plot_that_fails_while_drawn_is_said_in_words(home, capsys, monkeypatch, tmp_path):

@@ -18,7 +18,9 @@ def check_plot_file(path: Path) -> None:
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
-    endings = [f".{ending}" for ending in sorted(FigureCanvasBase.get_supported_filetypes())]
+    # Not pgf: matplotlib has LaTeX measure its text, and fails where there is none.
+    formats = sorted(FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"})
+    endings = [f".{name}" for name in formats]
     if path.suffix.lower() not in endings:
         raise UserError(f"cannot draw {path}: its name must end in one of {', '.join(endings)}")
     check_writable_file(path)

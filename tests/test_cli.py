@@ -23,7 +23,11 @@ import milora
 import milora.cli
 import milora.cli.memory
 from milora.cli import COMMANDS, main
+from milora.cli.console import check_writable_file, writable_folder
 from milora.cli.models import load_model
+from milora.cli.plots import check_plot_file, draw_routing
+from milora.cli.train_progress import TrainProgress
+from milora.errors import UserError
 from milora.train.interrupt import InterruptCallback
 from milora.train.metrics import read_metrics
 
@@ -194,6 +198,62 @@ def test_resuming_leaves_out_a_checkpoint_that_was_not_finished(home, tmp_path, 
     mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (output, copy))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert json.loads(last.read_text())["global_step"] == 6
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(home) -> Path:
+    """A run whose limit of steps lies within an epoch, where Trainer would take one step more."""
+    output = home.root / "finished"
+    argv = ["train", "--model", home.model, "--data", home.data, "--output", str(output)]
+    assert main([*argv, *SHORT, "--max-steps", "3", "--rank", "4", "--no-plot"]) == 0
+    return output
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(finished, capsys):
+    before = _contents(finished)
+    summary = run_json(capsys, ["train", "--resume", "--output", str(finished)])
+    assert (summary["steps"], summary["planned_steps"], summary["train_loss"]) == (3, 3, None)
+    assert main(["train", "--resume", "--output", str(finished)]) == 0
+    assert f"the run in {finished} is finished, after 3 steps" in capsys.readouterr().err
+    assert _contents(finished) == before
+
+
+@pytest.mark.parametrize("left", [["checkpoint-2", "checkpoint-3"], ["checkpoint-3"]])
+def test_a_run_that_was_killed_before_its_adapter_was_saved_is_ended(finished, tmp_path, left):
+    """The checkpoint of its last step is there: the one before, or the start, gives the adapter."""
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    (output / "adapter_config.json").unlink()
+    for folder in output.glob("checkpoint-*"):
+        if folder.name not in left:
+            shutil.rmtree(folder)
+    assert main(["train", "--resume", "--output", str(output), "--no-plot"]) == 0
+    mine, theirs = (load_file(f / "adapter_model.safetensors") for f in (output, finished))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    steps = [line["step"] for line in read_metrics(output / "metrics.jsonl")[1] if "loss" in line]
+    assert steps == [1, 2, 3]
+
+
+def test_a_line_of_progress_has_its_own_steps_numbers_alone(capsys):
+    """A log without a number must not show the one of an earlier step."""
+    progress = TrainProgress()
+    progress.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=9), None)
+    logs = [
+        ({"loss": 2.0, "balance_loss": 1.5}, "step 1/9: loss 2, balance 1.5"),
+        ({"eval_perplexity": 7.0}, "step 2/9: dev perplexity 7"),
+        ({"loss": 1.0}, "step 3/9: loss 1"),
+        ({"learning_rate": 1.0}, None),
+        ({"train_runtime": 1.0}, None),
+    ]
+    for step, (log, _) in enumerate(logs, start=1):
+        progress.on_log(None, SimpleNamespace(global_step=step, max_steps=9), None, logs=log)
+    progress.__exit__(None, None, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["training (9)", *(line for _, line in logs if line)]
 
 
 def test_texts_end_where_the_models_positions_do(tmp_path, capsys):
@@ -391,6 +451,34 @@ MISTAKES = {
         ["inspect", "{adapter}", "--json", "{tmp}/no/where.json"],
         "cannot write {tmp}/no/where.json",
     ),
+    "a result that is a folder": (
+        ["generate", "--model", "./nowhere", "--prompt", "x", "--json", "{tmp}"],
+        "cannot write {tmp}: Is a directory",
+    ),
+    "an unknown format of a plot": (
+        ["inspect", "{adapter}", "--prompt", "x", "--plot", "{tmp}/x.foo"],
+        "cannot draw {tmp}/x.foo: its name must end in one of .",
+    ),
+    "a plot that is a folder": (
+        ["inspect", "{adapter}", "--prompt", "x", "--plot", "{folder}"],
+        "cannot write {folder}: Is a directory",
+    ),
+    "no folder for a plot": (
+        ["inspect", "{adapter}", "--prompt", "x", "--plot", "{tmp}/no/x.png"],
+        "cannot write {tmp}/no/x.png: there is no such folder",
+    ),
+    "routers to merge": (
+        ["merge", "{adapter}", "{adapter}", "--output", "{tmp}/new/deep"],
+        "has a router",
+    ),
+    "too few weights": (
+        ["merge", "{adapter}", "{adapter}", "--weights", "1", "--output", "{tmp}/new"],
+        "weights must be 2 finite numbers, one per folder, got [1.0]",
+    ),
+    "an unknown bench": (
+        ["bench", "nothing"],
+        "the benches are grouped_lora, prompt_router, multitenant",
+    ),
 }  # fmt: skip
 
 
@@ -413,9 +501,10 @@ def broken(home, tmp_path_factory) -> dict[str, str]:
         content = bytearray(Path(home.adapter, name).read_bytes())
         content[-9] ^= name.endswith("safetensors")
         (root / "damaged" / name).write_bytes(content)
+    (root / "folder.png").mkdir()
     return {
         "bad": str(bad), "bert": str(root / "bert"), "pickled": str(root / "pickled"),
-        "damaged": str(root / "damaged"),
+        "damaged": str(root / "damaged"), "folder": str(root / "folder.png"),
     }  # fmt: skip
 
 
@@ -432,6 +521,77 @@ def test_a_mistake_gets_a_message_and_no_traceback(home, broken, capsys, tmp_pat
     assert (code, out) == (2, ""), err
     assert "milora: error: " in err and "Traceback" not in err
     assert message.format(**values) in err
+    assert not list(tmp_path.iterdir()), "a command that failed must leave nothing behind"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+@pytest.mark.parametrize("option", [["--json", "/proc/x.json"], ["--plot", "/proc/x.png"]])
+def test_a_folder_that_takes_no_file_is_found_before_the_work(home, capsys, option):
+    """Even root can make no file in /proc."""
+    argv = ["inspect", home.adapter, "--model", "./nowhere", "--prompt", "x", *option]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"milora: error: cannot write {option[1]}: " in err
+
+
+def test_every_ending_that_a_plot_may_have_is_drawn(tmp_path):
+    """An ending that is let through must not fail when all prompts have been routed."""
+    with pytest.raises(UserError) as refused:
+        check_plot_file(tmp_path / "x.foo")
+    endings = str(refused.value).rpartition(" one of ")[2].split(", ")
+    assert {".png", ".pdf", ".svg"} <= set(endings)
+    for ending in [*endings, ".PNG"]:
+        path = tmp_path / f"x{ending}"
+        check_plot_file(path)
+        draw_routing(path, [("a group", [[0.1, 0.9]], ["q_proj", "v_proj"])])
+        assert path.stat().st_size > 0
+
+
+def test_a_plot_that_fails_while_drawn_is_said_in_words(home, capsys, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    plot = str(tmp_path / "x.png")
+    assert main(["inspect", home.adapter, "--prompts", home.data, "--plot", plot]) == 2
+    assert f"cannot write {plot}: Input/output error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "old"])
+def test_trying_a_file_leaves_it_as_it_was(tmp_path, content):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    check_writable_file(path)
+    assert (path.read_text() if path.exists() else None) == content
+    check_writable_file(Path(os.devnull))
+
+
+@pytest.mark.parametrize(
+    ("there", "written", "left"),
+    [
+        ([], [], []),
+        (["a"], [], ["a"]),
+        (["a", "a/b"], [], ["a", "a/b"]),
+        ([], ["a/b/file"], ["a", "a/b", "a/b/file"]),
+        ([], ["a/file"], ["a", "a/file"]),
+    ],
+)
+def test_an_error_removes_the_empty_folders_that_it_made(tmp_path, there, written, left):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(KeyboardInterrupt), writable_folder(tmp_path / "a/b"):
+        for file in written:
+            (tmp_path / file).touch()
+        raise KeyboardInterrupt
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_part_of_its_path(tmp_path):
+    path = tmp_path / "a" / ("b" * 300)
+    with pytest.raises(UserError, match="cannot write to folder"), writable_folder(path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_memory_is_said_before_loading(home, capsys, monkeypatch, tmp_path):

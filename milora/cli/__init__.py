@@ -112,9 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_json_target(target: str | None) -> None:
-    """An hour of training must not end at a file that cannot be written."""
-    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-        raise UserError(f"cannot write {target}: there is no such folder")
+    if target in (None, "-"):
+        return
+    from milora.cli.console import check_writable_file
+
+    check_writable_file(Path(target))
 
 
 def _report_failure(error: Exception, debug: bool) -> int:

@@ -98,7 +98,10 @@ def choose(names: list[str], cases: list[str] | None) -> dict[str, list[str]]:
     """
     for name in names:
         if name not in BENCHES:
-            raise UserError(f"milora bench: unknown bench {name!r}.{suggestion(name, BENCHES)}")
+            raise UserError(
+                f"milora bench: unknown bench {name!r}.{suggestion(name, BENCHES)}",
+                hint=f"the benches are {', '.join(BENCHES)}",
+            )
     wanted = {name: BENCHES[name] for name in names or BENCHES}
     if cases is None:
         return {name: list(known) for name, known in wanted.items()}

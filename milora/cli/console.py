@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,49 @@ def print_table(
     stdout().print(table)
 
 
-def check_writable_folder(path: Path) -> None:
+@contextlib.contextmanager
+def writable_folder(path: Path) -> Iterator[None]:
     """Make the folder now: an hour of training must not end at a folder that cannot be made.
+
+    An error inside removes the folders that this made, as far as nothing was written to them.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".milora-write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to folder {path}: {error.strerror}") from None
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def check_writable_file(path: Path) -> None:
+    """Open the file now: an hour of work must not end at a file that cannot be written.
+
+    One that is there keeps its content, and a new one is removed again.
 
     Raises:
         UserError: it cannot be made or written.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".milora-write-test"
-        probe.touch()
-        probe.unlink()
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no such folder")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return  # opening a pipe would wait for its reader
+        new = not os.path.lexists(path)
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to folder {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milora.cli.console import add_json_option, check_writable_folder, note, write_json
+from milora.cli.console import add_json_option, note, writable_folder, write_json
 from milora.cli.models import add_model_options, load_adapter, load_model, user_errors
 from milora.cli.prompts import (
     add_prompt_options,
@@ -55,8 +55,7 @@ def run(namespace: argparse.Namespace) -> int:
     if state is None:
         ids = encode_prompts(model, make_encoder(namespace, tokenizer), prompts)
         state = route_of_prompts(model, ids, pad=0)[0]
-    check_writable_folder(output)
-    with user_errors(ValueError):
+    with writable_folder(output), user_errors(ValueError):
         milora.export_route(model, state, output)
     layers = range(len(state.names))
     experts = {state.blocks[layer]: list(state.active_names(layer)) for layer in layers}

@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     groups = read_prompt_groups(namespace)
+    if groups:
+        from milora.cli.plots import check_plot_file
+
+        check_plot_file(Path(namespace.plot))
     size = read_size(Path(namespace.adapter))
     result: dict[str, Any] = size.to_dict()
     if namespace.json != "-":
@@ -106,9 +110,6 @@ def _draw_routing(base: str, groups: dict[str, list], namespace) -> dict[str, An
     from milora.data.collator import pad_token_id
     from milora.train.metrics import short_names
 
-    target = Path(namespace.plot)
-    if not target.parent.is_dir():
-        raise UserError(f"no folder for --plot {target}")
     model, tokenizer = load_model(base, namespace.dtype, namespace.device)
     load_adapter(model, namespace.adapter)
     encoder = make_encoder(namespace, tokenizer)
@@ -124,5 +125,5 @@ def _draw_routing(base: str, groups: dict[str, list], namespace) -> dict[str, An
         widest = max(routes[0].names, key=len)
         title = f"{name} ({len(prompts)} prompts)"
         panels.append((title, values.tolist(), list(short_names(widest).values())))
-    draw_routing(target, panels)
+    draw_routing(Path(namespace.plot), panels)
     return shares

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from milora.cli.console import add_json_option, check_writable_folder, note, write_json
+from milora.cli.console import add_json_option, note, writable_folder, write_json
 from milora.cli.models import is_local, meta_model, user_errors
 from milora.errors import UserError
 
@@ -70,8 +70,7 @@ def run(namespace: argparse.Namespace) -> int:
     from milora.merge import merge
 
     model = None if namespace.model is None else meta_model(namespace.model)
-    check_writable_folder(output)
-    with user_errors(FileNotFoundError, ValueError):
+    with writable_folder(output), user_errors(FileNotFoundError, ValueError):
         report = merge(
             namespace.adapters,
             output,

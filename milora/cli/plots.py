@@ -5,7 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora.cli.console import check_writable_file
+from milora.errors import UserError
 from milora.train.metrics import read_metrics, short_names
+
+
+def check_plot_file(path: Path) -> None:
+    """Refuse a file that cannot be drawn before the work whose result it shows.
+
+    Raises:
+        UserError: its name has no ending that matplotlib writes, or it cannot be written.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    # Not pgf: matplotlib has LaTeX measure its text, and fails where there is none.
+    formats = sorted(FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"})
+    endings = [f".{name}" for name in formats]
+    if path.suffix.lower() not in endings:
+        raise UserError(f"cannot draw {path}: its name must end in one of {', '.join(endings)}")
+    check_writable_file(path)
 
 
 def _figure(columns: int, width: float, height: float):
@@ -46,15 +64,21 @@ def draw_routing(
     """Draw heat maps side by side (the paper's Figure 2).
 
     Args:
-        path: PNG file.
+        path: the file; its ending says the format.
         panels: (title, values [num_blocks][num_experts], expert names) each.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     blocks = max(len(values) for _, values, _ in panels)
     figure, axes = _figure(len(panels), 1.0 + 4.4 * len(panels), max(3.2, 1.6 + 0.28 * blocks))
     for axis, (title, values, names) in zip(axes, panels, strict=True):
         image = draw_heat_map(axis, values, names, title)
     figure.colorbar(image, ax=list(axes), label="share of prompts")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def draw_training(metrics: Path, path: Path) -> None:

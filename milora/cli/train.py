@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora.cli.console import add_json_option, check_writable_folder, note, write_json
+from milora.cli.console import add_json_option, note, writable_folder, write_json
 from milora.cli.memory import BYTES_PER_TRAINED_PARAMETER, check_memory
 from milora.cli.models import load_model, max_positions, user_errors
-from milora.cli.train_options import TrainOptions, add_train_options, resolve, save_options
+from milora.cli.train_options import (
+    TrainOptions,
+    add_train_options,
+    file_sums,
+    resolve,
+    save_options,
+)
 from milora.errors import UserError
 
 EPILOG = """each line of the data is one of
@@ -40,20 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     options = resolve(namespace, resume=namespace.resume)
     output = Path(options.output)
-    checkpoint = _last_checkpoint(output) if namespace.resume else None
-    if not namespace.resume:
+    checkpoint, ended = None, None
+    if namespace.resume:
+        checkpoint, ended = _where_to_resume(output)
+    else:
         _refuse_old_run(output)
     examples = _read_files(options)  # before the slow imports: a bad line is found at once
-    check_writable_folder(output)
-    save_options(options, keep_files=namespace.resume)
-
-    import transformers
-
-    transformers.set_seed(options.seed)
-    model, tokenizer = load_model(options.model, options.dtype, options.device)
-    data = _encode(examples, options, tokenizer, max_positions(model))
-    _attach(model, options)
-    trainer, stop, bar = _make_trainer(model, tokenizer, data, options)
+    files = file_sums(options, resume=namespace.resume)
+    if ended is not None:
+        _say_finished(output, ended, namespace)
+        return 0
+    with writable_folder(output):
+        trainer, stop, bar = _prepare(examples, options)
+        save_options(options, files)  # not before: a command that failed leaves nothing
     started = time.perf_counter()
     with stop, bar, user_errors(FileNotFoundError):
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -65,6 +70,17 @@ def run(namespace: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     _finish(trainer, options, result, time.perf_counter() - started, namespace)
     return 0
+
+
+def _prepare(examples: dict[str, Any], options: TrainOptions):
+    """What `_make_trainer` returns, for the model and the data that the options name."""
+    import transformers
+
+    transformers.set_seed(options.seed)
+    model, tokenizer = load_model(options.model, options.dtype, options.device)
+    data = _encode(examples, options, tokenizer, max_positions(model))
+    _attach(model, options)
+    return _make_trainer(model, tokenizer, data, options)
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -257,20 +273,61 @@ def _refuse_old_run(output: Path) -> None:
         )
 
 
-def _last_checkpoint(output: Path) -> str:
-    """The newest checkpoint that was written to its end.
+def _where_to_resume(output: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """The checkpoint to go on from, and, if the run is finished, Trainer's state at its end.
 
-    A full disk or a killed process leaves half a folder; Trainer writes its state last.
+    A checkpoint counts if it was written to its end: a full disk or a killed process leaves half
+    a folder; Trainer writes its state last. One of the run's last step is never gone on from:
+    Trainer would take one step more. A run that was killed after it, before its adapter was
+    saved, goes on from the checkpoint before, or (None) begins again.
     """
+    from milora.adapter_files import CONFIG_FILE
+
     folders = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    at_end = False
     for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
         try:
-            json.loads((folder / "trainer_state.json").read_text("utf-8"))
+            state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
         except (OSError, ValueError):
             note(f"{folder} is incomplete and left out")
             continue
-        return str(folder)
+        if state["global_step"] < state["max_steps"]:
+            return str(folder), None
+        if (output / CONFIG_FILE).is_file():
+            return None, state
+        at_end = True
+    if at_end:
+        return None, None
     raise UserError(f"nothing to resume in {output}: no checkpoint")
+
+
+def _say_finished(output: Path, state: dict[str, Any], namespace) -> None:
+    note(f"the run in {output} is finished, after {state['global_step']} steps: nothing to do")
+    plot = output / "training.png"
+    write_json(namespace.json, _summary(output, state, plot if plot.is_file() else None))
+
+
+def _summary(
+    output: Path,
+    state: dict[str, Any],
+    plot: Path | None,
+    train_loss: float | None = None,
+    seconds: float = 0.0,
+) -> dict[str, Any]:
+    """What `--json` writes; without `train_loss`, of a run that was finished before."""
+    from milora.train.metrics import METRICS_FILE
+
+    return {
+        "output": str(output),
+        "steps": state["global_step"],
+        "planned_steps": state["max_steps"],
+        "train_loss": train_loss,
+        "best_perplexity": state["best_metric"],
+        "best_step": state["best_global_step"] if state["best_metric"] is not None else None,
+        "seconds": round(seconds, 1),
+        "metrics": str(output / METRICS_FILE),
+        "plot": None if plot is None else str(plot),
+    }
 
 
 def _finish(trainer, options: TrainOptions, result, seconds: float, namespace) -> None:
@@ -279,25 +336,14 @@ def _finish(trainer, options: TrainOptions, result, seconds: float, namespace) -
 
     output = Path(options.output)
     milora.save(trainer.model, output)
-    state = trainer.state
-    summary = {
-        "output": str(output),
-        "steps": state.global_step,
-        "planned_steps": state.max_steps,
-        "train_loss": result.training_loss,
-        "best_perplexity": state.best_metric,
-        "best_step": state.best_global_step if state.best_metric is not None else None,
-        "seconds": round(seconds, 1),
-        "metrics": str(output / METRICS_FILE),
-        "plot": None,
-    }
+    state, plot = trainer.state, None
     if not namespace.no_plot:
         from milora.cli.plots import draw_training
 
         plot = output / "training.png"
         draw_training(output / METRICS_FILE, plot)
-        summary["plot"] = str(plot)
     note(f"adapter saved in {output} after {state.global_step} steps, {seconds:.0f} s")
     if state.best_metric is not None:
         note(f"best dev perplexity {state.best_metric:.4g} at step {state.best_global_step}")
+    summary = _summary(output, vars(state), plot, result.training_loss, seconds)
     write_json(namespace.json, summary)

@@ -207,30 +207,33 @@ def _refuse(name: str, allowed: str, value: Any) -> None:
     raise UserError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
 
 
-def save_options(options: TrainOptions, *, keep_files: bool) -> None:
-    """Store the options, and the sums of the files that they name.
-
-    Args:
-        keep_files: a resumed run: refuse files that have changed since it began.
+def file_sums(options: TrainOptions, *, resume: bool) -> dict[str, str]:
+    """The sums of the files that the options name.
 
     Raises:
-        UserError: a file has changed.
+        UserError: with `resume`: a file has changed since the run began.
     """
-    path = Path(options.output) / OPTIONS_FILE
     named = [options.data, options.dev_data, options.activation_data, options.chat_template]
     sums = {
         name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
         for name in named
         if name and Path(name).is_file()
     }
-    if keep_files:
-        before = json.loads(path.read_text("utf-8")).get("files", {})
+    if resume:
+        stored = (Path(options.output) / OPTIONS_FILE).read_text("utf-8")
+        before = json.loads(stored).get("files", {})
         if changed := [name for name in before if before[name] != sums.get(name)]:
             raise UserError(
                 f"these files have changed since the run began: {', '.join(changed)}",
                 hint="restore them, or start a new run in another --output",
             )
-    record = {"version": VERSION, "files": sums, **asdict(options)}
+    return sums
+
+
+def save_options(options: TrainOptions, files: dict[str, str]) -> None:
+    """Store the options, and the sums of the files that they name, for `--resume`."""
+    path = Path(options.output) / OPTIONS_FILE
+    record = {"version": VERSION, "files": files, **asdict(options)}
     path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 

@@ -12,6 +12,8 @@ from milora.cli.console import note, progress
 class TrainProgress(TrainerCallback, AbstractContextManager):
     """Shows step, loss, dev perplexity and balance loss.
 
+    The bar keeps the newest of each; a line has those of its own step alone.
+
     Use it as a context manager around `trainer.train()`: a bar that an error leaves running keeps
     the terminal's cursor hidden.
     """
@@ -30,20 +32,22 @@ class TrainProgress(TrainerCallback, AbstractContextManager):
         self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for key, label in (
-            ("loss", "loss"),
-            ("eval_perplexity", "dev perplexity"),
-            ("balance_loss", "balance"),
-        ):
-            if key in (logs or {}):
-                self._status[label] = f"{label} {logs[key]:.4g}"
-        status = ", ".join(self._status.values())
-        if self._bar is None or "train_runtime" in (logs or {}):
+        new = {
+            label: f"{label} {logs[key]:.4g}"
+            for key, label in (
+                ("loss", "loss"),
+                ("eval_perplexity", "dev perplexity"),
+                ("balance_loss", "balance"),
+            )
+            if key in (logs or {})
+        }
+        self._status |= new
+        if self._bar is None or not new:
             return
         if self._bar.disable:
-            note(f"step {state.global_step}/{state.max_steps}: {status}")
+            note(f"step {state.global_step}/{state.max_steps}: {', '.join(new.values())}")
         else:
-            self._bar.update(self._bar.task_ids[0], status=status)
+            self._bar.update(self._bar.task_ids[0], status=", ".join(self._status.values()))
 
     def __exit__(self, *exc_info):
         if self._bar is not None:

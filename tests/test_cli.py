@@ -28,6 +28,7 @@ from milora.cli.models import load_model
 from milora.cli.plots import check_plot_file, draw_routing
 from milora.cli.train_progress import TrainProgress
 from milora.errors import UserError
+from milora.nn import MiLoRALinear
 from milora.train.interrupt import InterruptCallback
 from milora.train.metrics import read_metrics
 
@@ -102,6 +103,35 @@ def test_train_leaves_an_adapter_metrics_and_a_plot(home):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["rank"], config["top_k"], config["pooler"]) == (32, 3, "self_attention")
     assert (config["activation"], config["balance_coef"]) == ("rational", 0.01)
+
+
+@pytest.mark.parametrize("expert, starts", [("lora_ga", 1), ("lora_sb", 1), ("lora", 0)])
+def test_kinds_that_start_from_gradients_get_them(home, tmp_path, monkeypatch, expert, starts):
+    """Once, before the first step: a resumed run has its factors."""
+    taken = []
+    start = milora.init_from_gradients
+
+    def spied(model, batches, **options):
+        before = [t.clone() for linear in experts_of(model) for t in tensors_of(linear)]
+        start(model, list(batches), **options)
+        after = [t for linear in experts_of(model) for t in tensors_of(linear)]
+        taken.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+
+    def experts_of(model):
+        return [module for module in model.modules() if isinstance(module, MiLoRALinear)]
+
+    def tensors_of(linear):
+        return [t.detach() for t in linear.tensors("default").values()]
+
+    monkeypatch.setattr(milora, "init_from_gradients", spied)
+    output = str(tmp_path / "a")
+    argv = ["train", "--model", home.model, "--data", home.data, "--output", output]
+    argv += ["--expert", expert, "--rank", "4", "--no-plot", *SHORT]
+    assert main(argv) == 0
+    assert taken == [True] * starts
+    shutil.rmtree(max(Path(output).glob("checkpoint-*"), key=lambda p: int(p.name[11:])))
+    assert main(["train", "--resume", "--output", output, "--no-plot"]) == 0
+    assert len(taken) == starts
 
 
 def test_paper_defaults():

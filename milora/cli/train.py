@@ -21,6 +21,9 @@ from milora.cli.train_options import (
 )
 from milora.errors import UserError
 
+GRADIENT_BATCHES = 32
+GRADIENT_BYTES = 4 << 30  # of gradients at a time
+
 EPILOG = """each line of the data is one of
   {"prompt": "2+2=", "completion": "4"}
   {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
@@ -58,6 +61,8 @@ def run(namespace: argparse.Namespace) -> int:
         return 0
     with writable_folder(output):
         trainer, stop, bar = _prepare(examples, options)
+        if checkpoint is None:
+            _start_from_gradients(trainer, options)
         save_options(options, files)  # not before: a command that failed leaves nothing
     started = time.perf_counter()
     with stop, bar, user_errors(FileNotFoundError):
@@ -187,6 +192,30 @@ def _attach(model, options: TrainOptions) -> None:
     note(
         f"{count.trainable:,} trainable parameters, {count.activated:,} of them active for a prompt"
     )
+
+
+def _start_from_gradients(trainer, options: TrainOptions) -> None:
+    """Give kinds that start from the task's gradients their start, from examples of all the data.
+
+    In the order of the files, so that no random number is drawn that a resumed run would not draw.
+    """
+    from torch.utils.data import DataLoader, Subset
+
+    import milora
+    from milora.experts import get_kind
+
+    if not hasattr(get_kind(options.expert), "init_from_gradient"):
+        return
+    note(f"taking the gradients that {options.expert} starts from")
+    count = len(trainer.train_dataset)
+    step = -(-count // (GRADIENT_BATCHES * options.batch_size))
+    examples = Subset(trainer.train_dataset, range(0, count, step))
+    batches = DataLoader(examples, options.batch_size, collate_fn=trainer.data_collator)
+    widest = max(p.numel() for p in trainer.model.parameters())
+    with user_errors(ValueError):
+        milora.init_from_gradients(
+            trainer.model, batches, modules_per_pass=max(1, GRADIENT_BYTES // (4 * widest))
+        )
 
 
 def _make_trainer(model, tokenizer, data: _Data, options: TrainOptions):

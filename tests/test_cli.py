@@ -26,6 +26,7 @@ from milora.cli import COMMANDS, main
 from milora.cli.console import check_writable_file, writable_folder
 from milora.cli.models import load_model
 from milora.cli.plots import check_plot_file, draw_routing
+from milora.cli.train_options import parse_expert_options
 from milora.cli.train_progress import TrainProgress
 from milora.errors import UserError
 from milora.nn import MiLoRALinear
@@ -159,6 +160,27 @@ def test_every_adapter_option_reaches_the_config(home, tmp_path):
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
     assert not (tmp_path / "a/training.png").exists()
+
+
+def test_options_of_a_kind(home, tmp_path):
+    output = tmp_path / "a"
+    argv = ["train", "--model", home.model, "--data", home.data, "--output", str(output)]
+    argv += ["--expert", "lorta", "--expert-options", "head_dim=8", "--rank", "4", "--no-plot"]
+    assert main([*argv, "--max-steps", "1", "--dev-share", "0"]) == 0
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["expert_options"] == {"head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "words, options",
+    [
+        (None, {}),
+        (["a=1", "b=1e-3", "c=[1, 2]", "d=true"], {"a": 1, "b": 1e-3, "c": [1, 2], "d": True}),
+        (["a=word", "b=", "c=x=y"], {"a": "word", "b": "", "c": "x=y"}),
+    ],
+)
+def test_words_of_expert_options(words, options):
+    assert parse_expert_options(words) == options
 
 
 def test_chat_data_checkpointing_and_the_dev_set_as_activation_data(home, tmp_path):
@@ -412,6 +434,14 @@ MISTAKES = {
         "no model folder at ./nowhere",
     ),
     "no model": (["train", "--data", "{data}", "--output", "{tmp}/new"], "--model is required"),
+    "no option of a kind": (
+        [*TRAIN, "--expert-options", "head_dim"],
+        "--expert-options must be NAME=VALUE, got head_dim",
+    ),
+    "an option of another kind": (
+        [*TRAIN, "--expert-options", "head_dim=8"],
+        "head_dim",
+    ),
     "no data file": (
         ["train", "--model", "{model}", "--data", "{tmp}/none.jsonl", "--output", "{tmp}/new"],
         "no such file: {tmp}/none.jsonl",

@@ -16,6 +16,7 @@ from milora.cli.train_options import (
     TrainOptions,
     add_train_options,
     file_sums,
+    parse_expert_options,
     resolve,
     save_options,
 )
@@ -174,6 +175,7 @@ def _attach(model, options: TrainOptions) -> None:
             router=not options.no_router,
             target_modules=options.target_modules or "all-linear",
             expert=options.expert,
+            expert_options=parse_expert_options(options.expert_options),
             pooler=options.pooler,
             activation=options.activation,
             gate=options.gate,

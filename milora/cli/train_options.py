@@ -33,6 +33,7 @@ class TrainOptions:
     max_length: int = 1024
 
     expert: str = "lora"
+    expert_options: list[str] | None = None
     rank: int = 32
     alpha: float | None = None
     top_k: int = 3
@@ -86,6 +87,7 @@ _TABLE: dict[str, list[tuple[str, Any, str]]] = {
     ],
     "adapter (paper: rank 32, top-k 3, self-attention pooler, rational activation)": [
         ("expert", "KIND", "lora, dora, lora_mini ...; `milora methods` lists them"),
+        ("expert_options", "NAME=VALUE", "options of the kind, as head_dim=32 of lorta"),
         ("rank", "R", "rank of each expert"),
         ("alpha", "X", "the update is scaled by alpha / rank; not given: alpha = rank"),
         ("top_k", "K", "experts on per block and prompt"),
@@ -168,16 +170,35 @@ def resolve(namespace: argparse.Namespace, *, resume: bool) -> TrainOptions:
     else:
         stored = load_options(Path(given.get("output", TrainOptions.output)))
         changed = sorted(
-            name for name in given if name not in FREE_ON_RESUME and given[name] != stored[name]
+            name for name in given if name not in FREE_ON_RESUME and given[name] != stored.get(name)
         )
         if changed:
-            lines = ", ".join(f"{name} {stored[name]} -> {given[name]}" for name in changed)
+            lines = ", ".join(f"{name} {stored.get(name)} -> {given[name]}" for name in changed)
             raise UserError(
                 f"a resumed run keeps its options; these differ: {lines}",
                 hint="leave them out, or start a new run in another --output",
             )
         options = TrainOptions(**{**stored, **given})
     check_options(options)
+    return options
+
+
+def parse_expert_options(given: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE words as MiLoRAConfig takes them: a value is a number or what else JSON has, or a
+    word.
+
+    Raises:
+        UserError: a word without a name or without "=".
+    """
+    options: dict[str, Any] = {}
+    for word in given or ():
+        name, separator, value = word.partition("=")
+        if not name or not separator:
+            _refuse("expert_options", "NAME=VALUE", word)
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
     return options
 
 
@@ -195,6 +216,7 @@ def check_options(options: TrainOptions) -> None:
     for name in ("max_grad_norm", "activation_max_grad_norm"):
         if not getattr(options, name) >= 0:
             _refuse(name, "at least 0 (0: no clipping)", getattr(options, name))
+    parse_expert_options(options.expert_options)
     if not 0 <= options.dev_share < 1:
         _refuse("dev_share", "in [0, 1)", options.dev_share)
     if options.max_length < 2:

@@ -68,7 +68,7 @@ class Lorta(ExpertKind):
         if spec.d_out % (head_dim := self.option(spec, "head_dim")):
             raise ValueError(
                 f"lorta: head_dim must divide d_out, got {head_dim} on a {spec.d_in} x "
-                f"{spec.d_out} module"
+                f"{spec.d_out} module; choose another by expert_options"
             )
 
     def validate(self, options: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ class GenerateMethods:
     def generate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime = self.runtime
         adapters = kwargs.pop("adapter_names", runtime.local.adapter_names)
-        if runtime.local.disabled:
+        if runtime.is_disabled():
             return original(*args, **kwargs)
         arguments = dict(zip(inspect.signature(original).parameters, args, strict=False))
         arguments.update(kwargs)

@@ -83,6 +83,7 @@ class Runtime:
         self.siblings_known = False
         self.calls_known = False  # whether a forward has shown which linear modules are called
         self.active: str | None = None
+        self.disabled = False  # in every thread; `local.disabled` is one thread's
         self.local = Local()
         self.stats = Stats()
         self.windows: dict[str, BalanceWindow] = {}
@@ -121,7 +122,7 @@ class Runtime:
         names = kwargs.get("adapter_names", self.local.adapter_names)
         if "adapter_names" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
-        if self.local.disabled:
+        if self.is_disabled():
             return args, kwargs
         inputs = _bind(module, args, kwargs)
         is_named = self.active is not None or names is not None or self._generating()
@@ -234,6 +235,9 @@ class Runtime:
 
     _close_uncompiled = torch.compiler.disable(_close)
 
+    def is_disabled(self) -> bool:
+        return self.disabled or self.local.disabled
+
     def _follows_route(self, inputs: dict[str, Any]) -> bool:
         """Whether a forward that names no adapter continues what one has begun: a route is pinned,
         or came with the cache or the encoder's outputs."""
@@ -313,7 +317,7 @@ class Runtime:
         """Route in front of block `index`, unless the call's state already has its gates."""
         call = self.local.call
         if call is None:
-            if self.active is None or self.local.disabled:
+            if self.active is None or self.is_disabled():
                 return
             raise RuntimeError(
                 f"milora: block {self.blocks[index].path} was called outside the forward of "

@@ -301,6 +301,27 @@ def test_disable_adapter():
     assert torch.equal(logits(model), want)
 
 
+def test_disabled_is_disabled_for_a_conversation_too():
+    """Which keeps its route otherwise, whatever adapter is active."""
+    model = wrapped(task_type="CAUSAL_LM")
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(input_ids=prompts(2, LENGTH), **options)
+    turn = torch.cat([first.sequences, prompts(2, 3)], 1)
+
+    def go() -> torch.Tensor:
+        cache = copy.deepcopy(first.past_key_values)
+        out = model.generate(input_ids=turn, past_key_values=cache, output_logits=True, **options)
+        return torch.stack(out.logits)
+
+    want = go()
+    with milora.disabled(model):
+        bare = go()
+    assert not torch.equal(bare, want)
+    with model.disable_adapter():
+        assert torch.equal(go(), bare)
+    assert torch.equal(go(), want)
+
+
 def test_merging_is_refused_and_unload_restores():
     model = wrapped()
     base = model.get_base_model()

@@ -276,7 +276,9 @@ class PeftMiLoRAModel(BaseTuner):
     def _set_enabled(self, enabled: bool) -> None:
         for layer in self._layers():
             layer._disable_adapters = not enabled
-        self._runtime().active = next(iter(self.active_adapters), None) if enabled else None
+        runtime = self._runtime()
+        runtime.disabled = not enabled
+        runtime.active = next(iter(self.active_adapters), None) if enabled else None
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -75,6 +75,7 @@ def attach_values(
     _check_model(model, existing)
     blocks = find_blocks(model, config)
     _check_free(blocks, existing)
+    _check_dtypes(blocks)
     runtime = existing or install(model, blocks)
     try:
         # Parameters made in inference mode could never be trained, nor be seen to change.
@@ -214,18 +215,11 @@ def _check_name(name: str, runtime: Runtime | None) -> None:
 
 
 def _check_free(blocks: list[Block], runtime: Runtime | None) -> None:
-    """Refuse modules of float64, and those that carry the experts of PEFT or of an `attach` to a
-    part of the model."""
+    """Refuse modules that carry the experts of PEFT or of an `attach` to a part of the model."""
     linears = [] if runtime is None else runtime.linears
     ours = {id(linear) for in_block in linears for linear in in_block}
     for block in blocks:
         for path, module in block.module.named_modules():
-            weight = module._parameters.get("weight") if path in block.experts else None
-            if weight is not None and weight.dtype == torch.float64:
-                raise ValueError(
-                    f"attach: {block.path}.{path} computes in float64; experts take float32, "
-                    "bfloat16 and float16"
-                )
             is_foreign = isinstance(module, MiLoRALinear) or (
                 path in block.experts and isinstance(module._modules.get("base_layer"), nn.Module)
             )
@@ -234,6 +228,17 @@ def _check_free(blocks: list[Block], runtime: Runtime | None) -> None:
                     f"attach: {block.path}.{path} carries adapters that were put there otherwise "
                     f"({type(module).__module__}.{type(module).__name__}). Take them off or merge "
                     "them first; `attach` must always get the same model, not a part of it"
+                )
+
+
+def _check_dtypes(blocks: list[Block]) -> None:
+    for block in blocks:
+        for path in block.experts:
+            weight = block.module.get_submodule(path)._parameters.get("weight")
+            if weight is not None and weight.dtype == torch.float64:
+                raise ValueError(
+                    f"attach: {block.path}.{path} computes in float64; experts take float32, "
+                    "bfloat16 and float16"
                 )
 
 

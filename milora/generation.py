@@ -86,9 +86,7 @@ class GenerateMethods:
             return original(*args, **kwargs)
         arguments = dict(zip(inspect.signature(original).parameters, args, strict=False))
         arguments.update(kwargs)
-        route = carried_route(arguments)
-        reasons = (runtime.active, adapters, route, runtime.local.pinned)
-        if all(reason is None for reason in reasons):
+        if runtime.is_bare(adapters, arguments):
             return original(*args, **kwargs)
         self._refuse(arguments)
         inputs = next(
@@ -103,7 +101,7 @@ class GenerateMethods:
         embeds = arguments.get("inputs_embeds")
         inputs = embeds if isinstance(embeds, Tensor) else inputs
         num_prompts, length = (None, None) if inputs is None else inputs.shape[:2]
-        lease = runtime.lease_for(num_prompts, adapters, route)
+        lease = runtime.lease_for(num_prompts, adapters, carried_route(arguments))
         previous = runtime.local.generation
         runtime.local.generation = Generation(num_prompts, length, adapters, lease)
         try:

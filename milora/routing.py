@@ -103,14 +103,8 @@ class RoutingState:
 
         Raises: IndexError for a layer or row that is not there.
         """
-        for what, index, count in (
-            ("layer", layer, len(self.names)),
-            ("row", row, self.num_prompts),
-        ):
-            if not -count <= index < count:
-                raise IndexError(
-                    f"RoutingState.active_names: {what} must be in [0, {count}), got {index}"
-                )
+        _check_index("active_names: layer", layer, len(self.names))
+        _check_index("active_names: row", row, self.num_prompts)
         gates = self._filled(self.block_gates)[layer][row].tolist()
         return tuple(name for name, gate in zip(self.names[layer], gates, strict=True) if gate > 0)
 
@@ -123,10 +117,7 @@ class RoutingState:
 
     def select(self, row: int) -> RoutingState:
         """The route of prompt `row` alone."""
-        if not -self.num_prompts <= row < self.num_prompts:
-            raise IndexError(
-                f"RoutingState.select: row must be in [0, {self.num_prompts}), got {row}"
-            )
+        _check_index("select: row", row, self.num_prompts)
         row %= self.num_prompts
         state = RoutingState(
             self.names,
@@ -327,6 +318,11 @@ class RoutingState:
                 for t in self._filled(tensors)
             ]
         )
+
+
+def _check_index(what: str, index: int, count: int) -> None:
+    if not -count <= index < count:
+        raise IndexError(f"RoutingState.{what} must be in [0, {count}), got {index}")
 
 
 @dataclass

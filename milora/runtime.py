@@ -125,8 +125,7 @@ class Runtime:
         if self.is_disabled():
             return args, kwargs
         inputs = _bind(module, args, kwargs)
-        is_named = self.active is not None or names is not None or self._generating()
-        if not is_named and not self._follows_route(inputs):
+        if not self._generating() and self.is_bare(names, inputs):
             return args, kwargs
         if (collected := self.local.collected) is not None:
             if inputs.get("labels") is None:
@@ -238,10 +237,11 @@ class Runtime:
     def is_disabled(self) -> bool:
         return self.disabled or self.local.disabled
 
-    def _follows_route(self, inputs: dict[str, Any]) -> bool:
-        """Whether a forward that names no adapter continues what one has begun: a route is pinned,
-        or came with the cache or the encoder's outputs."""
-        return self.local.pinned is not None or carried_route(inputs) is not None
+    def is_bare(self, names: list | None, inputs: dict[str, Any]) -> bool:
+        """Whether a call has no adapter, active or named, and goes on with no route: none is
+        pinned, or came with the cache or the encoder's outputs."""
+        is_named = self.active is not None or names is not None
+        return not is_named and self.local.pinned is None and carried_route(inputs) is None
 
     def _generating(self) -> bool:
         return self.local.generation is not None and self.local.generation.adapters is not None
